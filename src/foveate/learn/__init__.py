@@ -1,0 +1,1 @@
+"""The learn wing: training loops, losses and schedules."""

@@ -1,0 +1,1 @@
+"""The restore wing: super-resolution, rescaling and restoration."""

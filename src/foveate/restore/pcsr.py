@@ -1,0 +1,437 @@
+"""PCSR: a cheap head for easy output pixels, a costly one for hard ones.
+
+Jeong, Kim, Jin, Park, Kim 2024, "Accelerating Image Super-Resolution Networks with Pixel-Level Classification",
+arXiv:2407.21448.
+
+A backbone gives features F [h*w, C] at low resolution. Every output pixel q is a query: the nearest feature, the
+offset of q from that feature's centre and the size of q in low-resolution pixels,
+
+    z_q = [F_q, rel_y, rel_x, cell_y, cell_x]  in R^(C+4),
+
+from which MLPs predict the colour (added to the bilinearly enlarged picture): U_1 heavy, U_0 light, and a classifier
+K gives p = softmax(K(z)). With cost_j the FLOPs of running head j everywhere, pixel q is heavy where
+
+    p_1 / cost_1^k > p_0 / cost_0^k   <=>   d_q = log p_1 - log p_0 > k log(cost_1 / cost_0).
+
+So one threshold on the score d slides from all light to all heavy. A budget fixes the share of heavy pixels, and the
+threshold is the quantile of d that meets it on this picture.
+
+How it is made fast, without changing a value: the first layer of an MLP on z splits into W_F F + (W_o o + b), where
+the offsets o take only s*s values at an integer scale s. The first term is computed once per low-resolution pixel
+rather than s*s times. Light head and classifier run everywhere (they are tiny), the heavy head on the pixels gathered
+for it, in chunks that stay in cache.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from foveate.engine.allocate import threshold_for
+from foveate.errors import InputError, WeightsError
+from foveate.layers.encoders import ENCODERS
+from foveate.layers.residual import relu_
+from foveate.layers.upscaler import TILE, Read, Rendered, Upscaler, cuts, enlarge, strip_rows, with_halo
+
+WHOLE_PIXELS = 1 << 20
+"""Up to this many low-resolution pixels the threshold rests on all of the picture, above on windows spread over it."""
+
+SAMPLES = 1 << 18
+"""Scores that a threshold is computed from, at most."""
+
+CHUNK = 2048
+"""Low-resolution pixels per step of the heads."""
+
+HEAVY_ROWS = 8192
+"""Output pixels per step of the heavy head."""
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between, on queries z = [feature, offset, cell]."""
+
+    def __init__(self, inputs: int, hidden: list[int], outputs: int) -> None:
+        super().__init__()
+        widths = [inputs, *hidden, outputs]
+        layers: list[nn.Module] = []
+        for a, b in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(a, b), nn.ReLU()]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Shape: [..., inputs] -> [..., outputs]. The plain definition; `split` and `rest` are its fast form."""
+        return self.layers(z)
+
+    @property
+    def linears(self) -> list[nn.Linear]:
+        """The linear layers in order."""
+        return [m for m in self.layers if isinstance(m, nn.Linear)]
+
+    def split(self, features: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """The two terms of the first layer: per feature [N, C] -> [N, H], per offset [S, 4] -> [S, H]."""
+        first = self.linears[0]
+        c = features.shape[1]
+        return features @ first.weight[:, :c].T, torch.addmm(first.bias, offsets, first.weight[:, c:].T)
+
+    def rest(self, first: Tensor) -> Tensor:
+        """All that follows the first layer's sum. Shape: [N, H] -> [N, outputs]."""
+        for linear in self.linears[1:]:
+            first = torch.addmm(linear.bias, relu_(first), linear.weight.T)
+        return first
+
+    def everywhere(self, features: Tensor, offsets: Tensor) -> Tensor:
+        """The output at all S sub-pixels of each feature. Shape: [N, C], [S, 4] -> [N, S, outputs]."""
+        a, b = self.split(features, offsets)
+        return self.rest((a[:, None] + b).flatten(0, 1)).view(len(a), len(b), -1)
+
+    def cost(self, pixels: int) -> tuple[float, float]:
+        """FLOPs of the first layer per feature and of the rest per output pixel."""
+        first, *rest = self.linears
+        return 2.0 * (first.in_features - 4) * first.out_features, 2.0 * sum(m.weight.numel() for m in rest)
+
+
+class PCSR(Upscaler):
+    """Super-resolution with a light and a heavy head, chosen pixel by pixel.
+
+    Args:
+        scale: integer enlargement s.
+        encoder: "residual" (ours), "fsrcnn" or "carn" (the paper's), with `encoder_config` for its arguments.
+        heavy, light, classifier: hidden widths of the three MLPs.
+        refine: replace light pixels beside heavy ones by their 3x3 mean, which hides seams between the heads.
+
+    Shape: [B, 3, h, w] in 0..1 -> [B, 3, s*h, s*w].
+    """
+
+    slug = "pcsr"
+    cheaper = "espcn"
+
+    def __init__(
+        self,
+        scale: int = 4,
+        encoder: str = "residual",
+        encoder_config: dict[str, int] | None = None,
+        heavy: list[int] | None = None,
+        light: list[int] | None = None,
+        classifier: list[int] | None = None,
+        refine: bool = False,
+    ) -> None:
+        super().__init__()
+        if encoder not in ENCODERS:
+            raise InputError(f"unknown encoder {encoder!r}; use one of {', '.join(ENCODERS)}.")
+        if int(scale) != scale or scale < 1:
+            raise InputError(f"PCSR needs an integer scale of at least 1, got {scale!r}.")
+        self.scale = int(scale)
+        self.encoder = ENCODERS[encoder](**(encoder_config or {}))
+        self.halo = self.encoder.halo + 2
+        inputs = self.encoder.channels + 4
+        self.heavy = MLP(inputs, [96, 96] if heavy is None else heavy, 3)
+        self.light = MLP(inputs, [24] if light is None else light, 3)
+        self.classifier = MLP(inputs, [16] if classifier is None else classifier, 2)
+        self.refine = refine
+
+    # ------------------------------------------------------------------ queries
+
+    def offsets(self) -> Tensor:
+        """[rel_y, rel_x, cell_y, cell_x] of the s*s sub-pixels, in units where a low-resolution pixel is 2 wide."""
+        s = self.scale
+        rel = ((torch.arange(s, dtype=torch.float64) + 0.5) / s - 0.5) * 2
+        y, x = torch.meshgrid(rel, rel, indexing="ij")
+        cell = torch.full((s * s,), 2 / s, dtype=torch.float64)
+        return torch.stack([y.flatten(), x.flatten(), cell, cell], 1).to(self.device, self.dtype)
+
+    @staticmethod
+    def queries(features: Tensor, height: int, width: int) -> Tensor:
+        """The query vectors by their definition, for any output size (LIIF without unfolding or ensemble).
+
+        Shape: features [B, C, h, w] -> [B, height * width, C + 4], rows first.
+        """
+        b, _, h, w = features.shape
+        y = -1 + (2 * torch.arange(height, dtype=features.dtype) + 1) / height
+        x = -1 + (2 * torch.arange(width, dtype=features.dtype) + 1) / width
+        coord = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).view(1, -1, 2).expand(b, -1, -1)
+        cy = -1 + (2 * torch.arange(h, dtype=features.dtype) + 1) / h
+        cx = -1 + (2 * torch.arange(w, dtype=features.dtype) + 1) / w
+        centres = torch.stack(torch.meshgrid(cy, cx, indexing="ij")).expand(b, -1, -1, -1)
+        grid = coord.flip(-1).unsqueeze(1)  # grid_sample wants (x, y)
+        sampled = F.grid_sample(torch.cat([features, centres], 1), grid, mode="nearest", align_corners=False)
+        sampled = sampled[:, :, 0].transpose(1, 2)
+        size = features.new_tensor([h, w])
+        rel = (coord - sampled[..., -2:]) * size
+        cell = features.new_tensor([2 / height, 2 / width]).expand_as(rel) * size
+        return torch.cat([sampled[..., :-2], rel, cell], -1)
+
+    # ------------------------------------------------------------------ cost
+
+    def _encoder_flops(self) -> float:
+        from foveate.meter import count_flops
+
+        if "encoder_flops" not in self.__dict__:
+            example = torch.zeros(1, 3, 16, 16, dtype=self.dtype, device=self.device)
+            with torch.no_grad():
+                self.__dict__["encoder_flops"] = count_flops(self.encoder, example) / 256
+        return self.__dict__["encoder_flops"]
+
+    def cost(self, heavy: float) -> float:
+        """FLOPs per low-resolution pixel when a share `heavy` of output pixels takes the heavy head.
+
+        At 1 neither light head nor classifier runs.
+        """
+        s2 = self.scale**2
+        first, rest = self.heavy.cost(s2)
+        total = self._encoder_flops() + first + heavy * s2 * rest
+        if heavy < 1:
+            for mlp in (self.light, self.classifier):
+                first, rest = mlp.cost(s2)
+                total += first + s2 * rest
+        return total
+
+    def _flops_per_pixel(self) -> float:
+        return self.cost(1.0)
+
+    @property
+    def floor(self) -> float:
+        """The share of the full cost at which every pixel is light."""
+        return self.cost(0.0) / self.cost(1.0)
+
+    def heavy_share(self, share: float) -> float:
+        """The share of heavy pixels that a share of the full cost pays for."""
+        if share >= 1:
+            return 1.0
+        slope = self.scale**2 * self.heavy.cost(1)[1]
+        return min(1.0, max(0.0, (share * self.cost(1.0) - self.cost(0.0)) / slope))
+
+    # ------------------------------------------------------------------ the heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The heavy head everywhere (budget 1)."""
+        return self._assemble(x, self.heavy.everywhere(self._rows(self.encoder(x)), self.offsets()))
+
+    # ------------------------------------------------------------------ training
+
+    def dense_loss(self, low: Tensor, high: Tensor, subpixels: int | None = None) -> Tensor:
+        """Phase 0: mean |heavy head + base - high|, of `subpixels` random sub-pixels per feature (default all s*s)."""
+        rows, target, offsets = self._drawn(self.encoder(low), low, high, subpixels)
+        return (self.heavy.everywhere(rows, offsets) - target).abs().mean()
+
+    def routed_loss(self, low: Tensor, high: Tensor, subpixels: int | None = None) -> Tensor:
+        """Phase 1, encoder and heavy head frozen: with y = p_0 U_0 + p_1 U_1 + base over Q pixels,
+
+        L = 1000 mean |y - high| + 3 |sum p_1 - Q/2| / (Q/2), the second term keeping half of the pixels heavy.
+        """
+        with torch.no_grad():
+            rows, target, offsets = self._drawn(self.encoder(low), low, high, subpixels)
+            heavy = self.heavy.everywhere(rows, offsets)
+        p = self.classifier.everywhere(rows, offsets).softmax(-1)
+        mixed = p[..., :1] * self.light.everywhere(rows, offsets) + p[..., 1:] * heavy
+        half = p[..., 1].numel() / 2
+        return 1000 * (mixed - target).abs().mean() + 3 * (p[..., 1].sum() - half).abs() / half
+
+    def _drawn(self, features: Tensor, low: Tensor, high: Tensor, count: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Features [N, C], what the heads should add to the base [N, count, 3], and the drawn offsets [count, 4]."""
+        s = self.scale
+        offsets = self.offsets()
+        drawn = torch.randperm(s * s, device=low.device)[:count]
+        residual = F.pixel_unshuffle(high - enlarge(low, s), s)  # [B, 3*s*s, h, w]
+        residual = residual.unflatten(1, (3, s * s))[:, :, drawn].permute(0, 3, 4, 2, 1).reshape(-1, len(drawn), 3)
+        return self._rows(features), residual, offsets[drawn]
+
+    @staticmethod
+    def _rows(features: Tensor) -> Tensor:
+        return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+
+    def _assemble(self, x: Tensor, colours: Tensor, base: Tensor | None = None) -> Tensor:
+        """Colours [B*h*w, s*s, 3] as a picture, on top of the enlarged input."""
+        b, _, h, w = x.shape
+        s = self.scale
+        picture = colours.view(b, h, w, s, s, 3).permute(0, 1, 3, 2, 4, 5).reshape(b, h * s, w * s, 3)
+        return picture.permute(0, 3, 1, 2) + (enlarge(x, s) if base is None else base)
+
+    def scores(self, rows: Tensor) -> Tensor:
+        """d = log p_1 - log p_0 at every sub-pixel. Shape: features [N, C] -> [N, s*s]."""
+        logits = self.classifier.everywhere(rows, self.offsets())
+        return logits[..., 1] - logits[..., 0]
+
+    def colours(self, rows: Tensor, threshold: float | None, share: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Colour every output pixel with the head it deserves.
+
+        Args:
+            rows: features [N, C].
+            threshold: a pixel is heavy where its score is above; None: found from the scores to meet `share`.
+
+        Returns: (colours [N, s*s, 3], heavy [N, s*s] bool).
+        """
+        offsets = self.offsets()
+        s2 = len(offsets)
+        heavy_share = self.heavy_share(share)
+        out = rows.new_empty(len(rows), s2, 3)
+        if threshold is None and heavy_share >= 1:
+            for chunk, target in zip(rows.split(HEAVY_ROWS // s2), out.split(HEAVY_ROWS // s2), strict=True):
+                target.copy_(self.heavy.everywhere(chunk, offsets))
+            return out, torch.ones(len(rows), s2, dtype=torch.bool, device=rows.device)
+
+        score = rows.new_empty(len(rows), s2)
+        for chunk, target, d in zip(rows.split(CHUNK), out.split(CHUNK), score.split(CHUNK), strict=True):
+            target.copy_(self.light.everywhere(chunk, offsets))
+            d.copy_(self.scores(chunk))
+        if threshold is None:
+            threshold = self._threshold(score, heavy_share)
+        flags = score > threshold
+        for chunk, target, flag in zip(rows.split(CHUNK), out.split(CHUNK), flags.split(CHUNK), strict=True):
+            per_feature, per_offset = self.heavy.split(chunk, offsets)
+            flat = target.view(-1, 3)
+            for index in flag.view(-1).nonzero()[:, 0].split(HEAVY_ROWS):
+                feature, offset = index // s2, index % s2
+                first = per_feature.index_select(0, feature).add_(per_offset.index_select(0, offset))
+                flat.index_copy_(0, index, self.heavy.rest(first))
+        return out, flags
+
+    @staticmethod
+    def _threshold(score: Tensor, share: float) -> float:
+        if share <= 0:
+            return float("inf")
+        stride = (score.numel() // SAMPLES) | 1  # odd, so that all sub-pixels are met
+        return float(threshold_for(score.flatten()[::stride], share))
+
+    # ------------------------------------------------------------------ pictures of any size
+
+    def strips(
+        self, read: Read, height: int, width: int, share: float = 1.0, tile: int | None = None
+    ) -> Iterator[Rendered]:
+        """See `Upscaler.strips`. The heavy share is exact where the picture has at most WHOLE_PIXELS pixels."""
+        self.check_share(share)
+        whole = tile is None and height * width <= WHOLE_PIXELS
+        rows = [(0, height)] if whole else strip_rows(height, width, tile)
+        threshold = None if whole or self.heavy_share(share) >= 1 else self.decide(read, height, width, share)
+        for y0, y1 in rows:
+            yield self._strip(read, height, width, y0, y1, share, threshold, tile or TILE)
+
+    def _features(self, read: Read, height: int, width: int, y0: int, y1: int, x0: int, x1: int, tile: int) -> Tensor:
+        """Features of a window as [rows, columns, C], computed tile by tile with their context."""
+        out = torch.empty(y1 - y0, x1 - x0, self.encoder.channels, dtype=self.dtype, device=self.device)
+        for top, bottom in cuts(y1 - y0, tile):
+            for left, right in cuts(x1 - x0, tile):
+                x, dy, dx = with_halo(
+                    read, height, width, y0 + top, y0 + bottom, x0 + left, x0 + right, self.encoder.halo
+                )
+                features = self.encoder(x.contiguous(memory_format=torch.channels_last))
+                inner = features[0, :, dy : dy + bottom - top, dx : dx + right - left]
+                out[top:bottom, left:right] = inner.permute(1, 2, 0)
+        return out
+
+    def _strip(
+        self, read: Read, height: int, width: int, y0: int, y1: int, share: float, threshold: float | None, tile: int
+    ) -> Rendered:
+        s = self.scale
+        edge = 1 if self.refine and threshold is not None else 0  # the refinement looks one output pixel further
+        a, b = max(0, y0 - edge), min(height, y1 + edge)
+        rows = self._features(read, height, width, a, b, 0, width, tile).flatten(0, 1)
+        colours, flags = self.colours(rows, threshold, share)
+        top, bottom = max(0, a - 1), min(height, b + 1)  # bilinear enlargement looks one pixel further
+        base = enlarge(read(top, bottom, 0, width).contiguous(memory_format=torch.channels_last), s)
+        base = base[..., s * (a - top) : s * (b - top), :]
+        image = self._assemble(rows.new_empty(1, 3, b - a, width), colours, base)
+        if self.refine:
+            image = refine(image, self._picture_of(flags, b - a, width), a == 0, b == height)
+        image = image[..., s * (y0 - a) : s * (y0 - a + y1 - y0), :]
+        flags = flags.view(b - a, width, s * s)[y0 - a : y0 - a + y1 - y0]
+        heavy, pixels = int(flags.sum()), flags.numel()
+        effort = self._effort(flags)
+        counts = {"heavy": heavy, "pixels": pixels}
+        return Rendered(image, effort, self.cost(heavy / pixels) * (y1 - y0) * width, counts)
+
+    def _effort(self, flags: Tensor) -> Tensor:
+        heavy = flags.to(self.dtype).mean(-1)
+        low, high = self.cost(0.0), self.cost(1.0)
+        return (torch.where(heavy >= 1, high, low + heavy * (high - low)) / high)[None, None]
+
+    def _picture_of(self, flags: Tensor, height: int, width: int) -> Tensor:
+        s = self.scale
+        return flags.view(height, width, s, s).permute(0, 2, 1, 3).reshape(1, 1, height * s, width * s)
+
+    def decide(self, read: Read, height: int, width: int, share: float) -> float:
+        """The threshold on the score that meets a share of the full cost on this picture.
+
+        It rests on all of a picture of up to WHOLE_PIXELS, and on windows spread evenly over a larger one, so it does
+        not depend on how the picture is cut.
+        """
+        if height * width <= WHOLE_PIXELS:
+            boxes = [(0, height, 0, width)]
+        else:
+            side = 64
+            boxes = [(y, y + side, x, x + side) for y in probes(height, side, 8) for x in probes(width, side, 8)]
+        rows = torch.cat([self._features(read, height, width, *box, TILE).flatten(0, 1) for box in boxes])
+        score = torch.cat([self.scores(chunk) for chunk in rows.split(CHUNK)])
+        return self._threshold(score, self.heavy_share(share))
+
+    # ------------------------------------------------------------------ official weights
+
+    @classmethod
+    def load_official(cls, state: Mapping[str, Tensor], scale: int = 4) -> "PCSR":
+        """Build the network that an official checkpoint (3587jjh/PCSR, FSRCNN or CARN) was trained as.
+
+        Args:
+            state: the checkpoint's ['model']['sd'] (or a plain state dict), with keys `encoder.*`,
+                `heavy_sampler.imnet.layers.*`, `light_sampler.imnet.layers.*`, `classifier.imnet.layers.*`.
+            scale: the scale it was trained for.
+
+        Raises: WeightsError when keys are missing or unknown.
+        """
+        names = {"heavy_sampler.imnet.": "heavy.", "light_sampler.imnet.": "light.", "classifier.imnet.": "classifier."}
+        mapped = {}
+        for key, value in state.items():
+            for old, new in names.items():
+                key = key.replace(old, new) if key.startswith(old) else key
+            mapped[key] = value
+
+        def hidden(head: str) -> list[int]:
+            sizes = [v.shape[0] for k, v in mapped.items() if k.startswith(f"{head}.layers.") and k.endswith("weight")]
+            if not sizes:
+                raise WeightsError(f"the state dict has no {head} head; its keys begin with {sorted(state)[:3]}.")
+            return sizes[:-1]
+
+        if "encoder.head_conv.0.weight" in mapped:
+            d = mapped["encoder.head_conv.0.weight"].shape[0]
+            s = mapped["encoder.body_conv.0.0.weight"].shape[0]
+            maps = sum(k.startswith("encoder.body_conv.") and v.dim() == 4 and v.shape[2] == 3 for k, v in mapped.items())
+            kind, config = "fsrcnn", {"channels": d, "shrink": s, "maps": maps}
+        elif "encoder.entry.weight" in mapped:
+            nf = mapped["encoder.entry.weight"].shape[0]
+            groups = nf // mapped["encoder.b1.b1.body.0.weight"].shape[1]
+            kind, config = "carn", {"channels": nf, "groups": groups}
+        else:
+            raise WeightsError(f"neither an FSRCNN nor a CARN encoder among the keys {sorted(state)[:5]}.")
+        model = cls(scale, kind, config, hidden("heavy"), hidden("light"), hidden("classifier"))
+        try:
+            model.load_state_dict(mapped)
+        except RuntimeError as error:
+            raise WeightsError(f"the checkpoint does not fit a {kind} PCSR: {error}") from error
+        return model.eval()
+
+
+def probes(length: int, side: int, count: int) -> list[int]:
+    """Starts of at most `count` windows of `side`, spread evenly over a length.
+
+    >>> probes(1000, 100, 4)
+    [0, 300, 600, 900]
+    """
+    count = min(count, length // side)
+    return [i * (length - side) // max(1, count - 1) for i in range(count)]
+
+
+def refine(image: Tensor, heavy: Tensor, top: bool = True, bottom: bool = True) -> Tensor:
+    """Replace light pixels that touch a heavy one by their 3x3 mean; the border of the picture stays.
+
+    Args:
+        image: [1, 3, H, W].
+        heavy: [1, 1, H, W] bool.
+        top, bottom: whether the first / last row is the picture's border.
+    """
+    near = F.max_pool2d(heavy.to(image.dtype), 3, stride=1, padding=1) > 0
+    change = near & ~heavy
+    change[..., 0], change[..., -1] = False, False
+    if top:
+        change[..., 0, :] = False
+    if bottom:
+        change[..., -1, :] = False
+    mean = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    return torch.where(change, mean, image)
