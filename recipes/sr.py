@@ -56,26 +56,26 @@ def score(model: Upscaler, pairs: list[tuple[torch.Tensor, torch.Tensor]], share
 
 
 def train_pcsr(args: argparse.Namespace, crops: Crops, pairs: list) -> tuple[Upscaler, dict]:
-    """Phase 0: encoder and heavy head on L1. Phase 1: light head and classifier, the rest frozen."""
+    """Phase 0: encoder and both heads on L1. Phase 1: light head and classifier, the rest frozen."""
     config = {
         "scale": args.scale,
         "encoder": "residual",
         "encoder_config": {"channels": 32, "blocks": 4},
         "heavy": PCSR_HEAVY[args.scale],
-        "light": [24],
+        "light": [32],
         "classifier": [16],
     }
     model = PCSR(**config)
     model.to(memory_format=torch.channels_last)
     if args.start:
         start(model, args.start)
-    phase0 = [*model.encoder.parameters(), *model.heavy.parameters()]
+    phase0 = [*model.encoder.parameters(), *model.heavy.parameters(), *model.light.parameters()]
 
     subpixels = {2: 2, 3: 3, 4: 4}[args.scale]  # drawn anew each step; all of them would cost memory, not teach more
 
     first = fit(
         model,
-        lambda _: model.dense_loss(*crops(8, 32), subpixels),
+        lambda _: model.dense_loss(*crops(8, 32), subpixels, both=True),
         args.steps,
         lr=args.lr,
         parameters=phase0,
@@ -86,7 +86,7 @@ def train_pcsr(args: argparse.Namespace, crops: Crops, pairs: list) -> tuple[Ups
     second = fit(
         model,
         lambda _: model.routed_loss(*crops(8, 32), subpixels),
-        args.steps // 3,
+        args.steps // 4,
         lr=args.lr,
         parameters=[*model.light.parameters(), *model.classifier.parameters()],
         clip=1e6,
@@ -146,21 +146,25 @@ METHODS = {
     "pcsr": train_pcsr,
     "adaptive-patch-exiting": train_ape,
     "scnet": partial(train_plain, SCNet, {"channels": 40, "blocks": 16, "upsampling": "ps"}),
-    "espcn": partial(train_plain, ESPCN, {"residual": True}),
+    "espcn": partial(train_plain, ESPCN, {"residual": True, "activation": "relu"}),
 }
 
 
 def start(model: torch.nn.Module, file: Path) -> None:
     """Copy every weight that fits by name and shape (a network of another scale shares its encoder)."""
     own = model.state_dict()
-    model.load_state_dict({k: v for k, v in load_file(file).items() if k in own and own[k].shape == v.shape}, strict=False)
+    model.load_state_dict(
+        {k: v for k, v in load_file(file).items() if k in own and own[k].shape == v.shape}, strict=False
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=METHODS)
     parser.add_argument("--scale", type=int, choices=(2, 3, 4), required=True)
-    parser.add_argument("--data", type=Path, required=True, help=f"folder that holds {', '.join(TRAINING)}, set5, kodak12")
+    parser.add_argument(
+        "--data", type=Path, required=True, help=f"folder that holds {', '.join(TRAINING)}, set5, kodak12"
+    )
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--start", type=Path, help="weights to begin with, e.g. those of another scale")
@@ -176,7 +180,10 @@ def main() -> None:
     model, description = METHODS[args.method](args, crops, pairs)
     shares = [1.0, 0.75, 0.5] if model.floor < 0.5 else [1.0]
     scores = {
-        name: {f"PSNR-Y at budget {b}": round(score(model, evaluation_pairs(args.data / name, args.scale), b), 2) for b in shares}
+        name: {
+            f"PSNR-Y at budget {b}": round(score(model, evaluation_pairs(args.data / name, args.scale), b), 2)
+            for b in shares
+        }
         for name in ("set5", "kodak12")
         if (args.data / name).is_dir()
     }

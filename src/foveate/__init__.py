@@ -172,6 +172,4 @@ def _check_settings(card: "Card", target: Any, *args: Any, **settings: Any) -> N
     except TypeError as error:
         given = ", ".join(f"{key}={value!r}" for key, value in settings.items()) or "no settings"
         known = ", ".join(str(p) for p in list(signature.parameters.values())[len(args) :]) or "none"
-        raise InputError(
-            f"{card.slug} cannot be built with {given}: {error}. Its settings are: {known}."
-        ) from error
+        raise InputError(f"{card.slug} cannot be built with {given}: {error}. Its settings are: {known}.") from error

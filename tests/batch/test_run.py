@@ -170,7 +170,14 @@ def test_a_killed_run_resumes_with_nothing_lost_or_half_written(items, folders):
     Partial(out / "12.txt").file.close()  # as a kill in the middle of a file leaves it
 
     redone = []
-    summary = run(items, lambda s, t: redone.append(s.name) or upper(s, t), out, progress=False)
+
+    def resumed(source, target):
+        redone.append(source.name)
+        assert not list(out.glob(".*.part"))
+        return upper(source, target)
+
+    summary = run(items, resumed, out, progress=False)
+    assert summary.failed == ()
     assert summary.skipped == len(finished) >= 1
     assert set(redone) == set(EXPECTED) - finished
     assert contents(out) == EXPECTED

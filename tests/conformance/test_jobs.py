@@ -158,9 +158,7 @@ def _png(photo: npt.NDArray[np.uint8]) -> bytes:
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "text", "no place to write"])
-def test_broken_files_leave_nothing_behind(
-    job: Any, photo: npt.NDArray[np.uint8], tmp_path: Path, damage: str
-) -> None:
+def test_broken_files_leave_nothing_behind(job: Any, photo: npt.NDArray[np.uint8], tmp_path: Path, damage: str) -> None:
     content = {"empty": b"", "truncated": _png(photo)[:-200], "text": b"not a picture"}.get(damage, _png(photo))
     (tmp_path / "in.png").write_bytes(content)
     target = tmp_path / ("absent" if damage == "no place to write" else "") / "out.png"

@@ -155,6 +155,21 @@ def test_sixteen_bit_colour_tiff(tmp_path, channels, options):
     assert np.array_equal(load(tmp_path / "a.tif").pixels, pixels)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_of_a_tiff_beyond_pillow(tmp_path, orientation):
+    import tifffile
+
+    stored = np.random.default_rng(0).integers(0, 65536, (3, 4, 5)).astype(np.uint16)
+    tag = [(274, "H", 1, orientation, True)]
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, stored, photometric="rgb", planarconfig="separate", extratags=tag)
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # as Image.Transpose numbers them
+    image = Image.fromarray((stored >> 8).astype(np.uint8).transpose(1, 2, 0))
+    if orientation > 1:
+        image = image.transpose(Image.Transpose(turns[orientation]))
+    assert np.array_equal(load(path).pixels >> 8, np.asarray(image))
+
+
 def test_animations_give_their_first_frame_with_a_note(tmp_path):
     frames = [Image.new("RGB", (3, 3), color) for color in ((255, 0, 0), (0, 0, 255))]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])

@@ -111,10 +111,10 @@ def test_a_disk_that_fills_up_between_rows(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with writer(tmp_path / "a.png", load(np.zeros((4, 4), np.uint8)), 4, 4) as out:
-        monkeypatch.setattr(writing.PngStream, "rows", full)
-        with pytest.raises(PictureError, match="the disk is full"):
-            out.rows(0, torch.zeros(1, 1, 4, 4))
+    out = writer(tmp_path / "a.png", load(np.zeros((4, 4), np.uint8)), 4, 4)
+    monkeypatch.setattr(writing.PngStream, "rows", full)
+    with pytest.raises(PictureError, match="the disk is full"):
+        out.rows(0, torch.zeros(1, 1, 4, 4))
     assert os.listdir(tmp_path) == []
 
 
@@ -136,8 +136,10 @@ def test_missing_rows_and_nan(tmp_path):
     out.rows(0, torch.zeros(1, 1, 3, 4))
     with pytest.raises(PictureError, match="3 of 4 rows"):
         out.close()
-    with pytest.raises(PictureError, match="NaN"):
-        writer(tmp_path / "a.png", picture, 4, 4).rows(0, torch.full((1, 1, 4, 4), torch.nan))
+    bad = torch.zeros(1, 1, 4, 4)
+    for bad[0, 0, 2, 1] in (torch.nan, torch.inf, -torch.inf):
+        with pytest.raises(PictureError, match="NaN"):
+            writer(tmp_path / "a.png", picture, 4, 4).rows(0, bad)
     assert os.listdir(tmp_path) == []
 
 

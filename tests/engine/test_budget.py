@@ -19,7 +19,7 @@ from foveate.errors import BudgetError, InputError
         (np.float32(0.25), 0.25, "share"),
         ("0.5", 0.5, "share"),
         (" 50 % ", 0.5, "share"),
-        ("7%", 0.07, "share"),
+        ("57%", 0.57, "share"),
         ("20 GFLOPs", 20.0, "gflops"),
         ("500 MFLOPs", 0.5, "gflops"),
         ("1.5tflops", 1500.0, "gflops"),

@@ -115,6 +115,12 @@ def test_pool_patches_equals_a_loop(height, width, patch, reduce):
     torch.testing.assert_close(pool_patches(x[:, None], patch, reduce), expected)
 
 
+def test_pool_patches_ignores_what_lies_outside():
+    x = torch.full((1, 3, 3), -2.0)
+    assert torch.equal(pool_patches(x, 2, "max"), torch.full((1, 2, 2), -2.0))
+    assert torch.equal(pool_patches(x, 2, "mean"), torch.full((1, 2, 2), -2.0))
+
+
 def test_luma_weighs_rgb_and_averages_other_channels():
     x = noise(1, 3, 2, 2)
     torch.testing.assert_close(luma(x)[:, 0], 0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])

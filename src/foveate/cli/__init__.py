@@ -6,16 +6,16 @@ Results go to the output stream (`--json` for machines), everything else to the 
 """
 
 import sys
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
 from foveate import __version__
 from foveate.cli.catalogue import list_, show
+from foveate.cli.demo import demo
 from foveate.cli.measure import measure
 from foveate.cli.prove import prove
+from foveate.cli.upscale import upscale
 from foveate.errors import FoveateError
 
 app = typer.Typer(
@@ -48,12 +48,12 @@ def _face(
     """
 
 
-if find_spec("foveate.cli.upscale"):
-    app.command()(import_module("foveate.cli.upscale").upscale)
+app.command()(upscale)
 app.command("list")(list_)
 app.command()(show)
 app.command()(prove)
 app.command()(measure)
+app.command()(demo)
 
 
 def main() -> None:

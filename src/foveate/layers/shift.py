@@ -43,7 +43,7 @@ class SpatialShift(nn.Module):
         groups = len(self.directions)
         if x.shape[1] % groups:
             raise InputError(
-                f"a shift in {groups} groups needs channels divisible by {groups}, got {x.shape[1]}; choose another width."
+                f"a shift in {groups} groups needs channels divisible by {groups}, got {x.shape[1]}; change the width."
             )
         p = self.step
         if self.circular:

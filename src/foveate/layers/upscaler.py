@@ -5,8 +5,9 @@ one, top to bottom, so that pictures of any size pass through bounded memory. Wh
 patch deserves more) depends on the picture alone, never on how the picture was cut.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Self
 
 import torch
@@ -14,16 +15,17 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from foveate.engine.tiles import Box, plan
 from foveate.errors import BudgetError, InputError
 
 Read = Callable[[int, int, int, int], Tensor]
-"""read(y0, y1, x0, x1) -> [1, 3, y1 - y0, x1 - x0], values in 0..1."""
+"""read(x0, y0, x1, y1) -> [1, 3, y1 - y0, x1 - x0], values in 0..1."""
 
 TILE = 192
 """Side of the windows that networks are run on, in low-resolution pixels: a few MB of features stay in cache."""
 
-STRIP_PIXELS = 1 << 18
-"""Low-resolution pixels of a strip, which bounds the memory of streaming."""
+STRIP_PIXELS = 1 << 20
+"""Low-resolution pixels of a strip, which bounds the memory of streaming; a smaller picture is one strip."""
 
 
 @dataclass
@@ -97,7 +99,7 @@ class Upscaler(nn.Module, PyTorchModelHubMixin):
             name = type(self).__name__
             advice = f"; for less, use method {self.cheaper!r}" if self.cheaper else ""
             raise BudgetError(
-                f"{name} x{self.scale} runs at shares from {self.floor:.2f} to 1 of its full cost, got {share:g}{advice}."
+                f"{name} x{self.scale} takes shares from {self.floor:.2f} to 1 of its full cost, got {share:g}{advice}."
             )
 
     def strips(
@@ -112,17 +114,17 @@ class Upscaler(nn.Module, PyTorchModelHubMixin):
             tile: side of the windows in pixels; the result does not depend on it, memory does.
         """
         self.check_share(share)
-        for y0, y1 in strip_rows(height, width, tile):
-            image = torch.cat(
-                [self._window(read, height, width, y0, y1, x0, x1) for x0, x1 in cuts(width, tile or TILE)], dim=3
-            )
-            effort = image.new_ones(1, 1, y1 - y0, width)
-            yield Rendered(image, effort, self.full_flops(y1 - y0, width))
-
-    def _window(self, read: Read, height: int, width: int, y0: int, y1: int, x0: int, x1: int) -> Tensor:
-        x, top, left = with_halo(read, height, width, y0, y1, x0, x1, self.halo)
         s = self.scale
-        return self(x)[..., s * top : s * (top + y1 - y0), s * left : s * (left + x1 - x0)]
+        for y0, y1 in strip_rows(height, width, tile):
+            image = None
+            for x0, top, x1, bottom in (t.core for t in plan(y1 - y0, width, tile or TILE)):
+                x, dx, dy = with_halo(read, height, width, (x0, y0 + top, x1, y0 + bottom), self.halo)
+                part = self(x)[..., s * dy : s * (dy + bottom - top), s * dx : s * (dx + x1 - x0)]
+                if image is None:
+                    image = part.new_empty(1, 3, s * (y1 - y0), s * width)
+                image[..., s * top : s * bottom, s * x0 : s * x1] = part
+            assert image is not None
+            yield Rendered(image, image.new_ones(1, 1, y1 - y0, width), self.full_flops(y1 - y0, width))
 
     def upscale(self, x: Tensor, share: float = 1.0, tile: int | None = None) -> Rendered:
         """Enlarge pictures that lie in memory.
@@ -143,6 +145,11 @@ class Upscaler(nn.Module, PyTorchModelHubMixin):
             sum(p.flops for p in pictures),
             sum_counts(p.counts for p in pictures),
         )
+
+    def shares_of(self, counts: dict[str, int]) -> dict[str, float]:
+        """Decisions as shares of all units decided on."""
+        total = sum(counts.values())
+        return {name: count / total for name, count in counts.items()}
 
     @classmethod
     def pretrained(cls, scale: int, **config: object) -> Self:
@@ -166,31 +173,26 @@ def check_picture(x: Tensor) -> None:
 
 def window_reader(x: Tensor) -> Read:
     """Windows of a tensor [1, 3, h, w]."""
-    return lambda y0, y1, x0, x1: x[..., y0:y1, x0:x1]
-
-
-def cuts(length: int, size: int) -> list[tuple[int, int]]:
-    """Nearly equal consecutive ranges of at most `size` that cover 0..length.
-
-    >>> cuts(10, 4)
-    [(0, 3), (3, 6), (6, 10)]
-    """
-    n = -(-length // size)
-    edges = [i * length // n for i in range(n + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return lambda x0, y0, x1, y1: x[..., y0:y1, x0:x1]
 
 
 def strip_rows(height: int, width: int, tile: int | None = None) -> list[tuple[int, int]]:
-    """Row ranges of strips that hold at most STRIP_PIXELS (and at most `tile` rows, where one is given)."""
-    return cuts(height, max(1, min(tile or height, max(STRIP_PIXELS // width, 16))))
+    """Row ranges of nearly equal strips of at most STRIP_PIXELS (and at most `tile` rows, where one is given).
+
+    >>> strip_rows(10, 100, tile=4)
+    [(0, 3), (3, 6), (6, 10)]
+    """
+    rows = max(1, min(tile or height, max(STRIP_PIXELS // width, 16)))
+    n = -(-height // rows)
+    edges = [i * height // n for i in range(n + 1)]
+    return list(pairwise(edges))
 
 
-def with_halo(
-    read: Read, height: int, width: int, y0: int, y1: int, x0: int, x1: int, halo: int
-) -> tuple[Tensor, int, int]:
-    """A window with its context, cut at the border of the picture: (pixels, rows above, columns to the left)."""
-    top, left = max(0, y0 - halo), max(0, x0 - halo)
-    return read(top, min(height, y1 + halo), left, min(width, x1 + halo)), y0 - top, x0 - left
+def with_halo(read: Read, height: int, width: int, box: Box, halo: int) -> tuple[Tensor, int, int]:
+    """A box with its context, cut at the border of the picture: (pixels, columns to the left, rows above)."""
+    x0, y0, x1, y1 = box
+    left, top = max(0, x0 - halo), max(0, y0 - halo)
+    return read(left, top, min(width, x1 + halo), min(height, y1 + halo)), x0 - left, y0 - top
 
 
 def gather_strips(strips: list[Rendered]) -> Rendered:
@@ -205,10 +207,10 @@ def gather_strips(strips: list[Rendered]) -> Rendered:
     )
 
 
-def sum_counts(counts: "Iterator[dict[str, int]] | object") -> dict[str, int]:
+def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     """Add up decisions by name."""
     total: dict[str, int] = {}
-    for one in counts:  # type: ignore[attr-defined]
+    for one in counts:
         for key, value in one.items():
             total[key] = total.get(key, 0) + value
     return total

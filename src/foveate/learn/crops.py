@@ -55,7 +55,10 @@ class Crops:
         high = np.empty((batch, side * s, side * s, 3), np.uint8)
         for i, k in enumerate(self.random.choice(len(self.pairs), batch, p=self.weights)):
             small, large = self.pairs[k]
-            y, x = self.random.integers(0, small.shape[0] - side + 1), self.random.integers(0, small.shape[1] - side + 1)
+            y, x = (
+                self.random.integers(0, small.shape[0] - side + 1),
+                self.random.integers(0, small.shape[1] - side + 1),
+            )
             a, b = small[y : y + side, x : x + side], large[y * s : (y + side) * s, x * s : (x + side) * s]
             flip = self.random.integers(0, 8)
             if flip & 1:

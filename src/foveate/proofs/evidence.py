@@ -60,7 +60,7 @@ class ProofContext:
 
     @property
     def mode(self) -> str:
-        """"quick" or "full"."""
+        """ "quick" or "full"."""
         return "full" if self.full else "quick"
 
     def seed_everything(self) -> None:

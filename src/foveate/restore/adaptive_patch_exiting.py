@@ -19,21 +19,17 @@ picture keeps its budget.
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.errors import InputError, WeightsError
 from foveate.layers.residual import ResidualBlock
-from foveate.layers.upscaler import Read, Rendered, Upscaler, enlarge
+from foveate.layers.upscaler import STRIP_PIXELS, Read, Rendered, Upscaler, enlarge
 
 Stay = Callable[[int, Tensor], Tensor]
 """stay(exit, scores [P]) -> [P] bool: which patches go on."""
 
 BATCH = 8
 """Patches per step: their features stay in cache."""
-
-STRIP_PIXELS = 1 << 20
-"""Pixels whose patches are decided together."""
 
 
 class APE(Upscaler):
@@ -54,6 +50,7 @@ class APE(Upscaler):
     slug = "adaptive-patch-exiting"
     cheaper = "espcn"
     halo = 0
+    mean: Tensor
     calibration: Tensor
 
     def __init__(
@@ -188,7 +185,9 @@ class APE(Upscaler):
         if share >= 1:
             return [1.0] * (self.exits - 1)
         if not self.calibration.any():
-            raise WeightsError("this network has no calibration scores; call calibrate(patches) on sample patches first.")
+            raise WeightsError(
+                "this network has no calibration scores; call calibrate(patches) on sample patches first."
+            )
         costs = torch.tensor(self.exit_costs(), dtype=torch.float64)
         stages = costs.diff() / costs[-1]
 
@@ -217,12 +216,16 @@ class APE(Upscaler):
         Returns: (pictures [P, 3, s*h, s*w], exit of each patch, counted from 1).
         """
         if self.training and any(isinstance(m, nn.BatchNorm2d) for m in self.modules()):
-            raise InputError("batch normalisation in training mode makes patches depend on each other; call eval() first.")
+            raise InputError(
+                "batch normalisation in training mode makes patches depend on each other; call eval() first."
+            )
         exits = torch.full((len(patches),), self.exits, device=patches.device)
         active = torch.arange(len(patches), device=patches.device)
         s, (h, w) = self.scale, patches.shape[2:]
         out = patches.new_empty(len(patches), 3, s * h, s * w)
-        features: list[Tensor] = [self.start(p).contiguous(memory_format=torch.channels_last) for p in patches.split(BATCH)]
+        features: list[Tensor] = [
+            self.start(p).contiguous(memory_format=torch.channels_last) for p in patches.split(BATCH)
+        ]
         for e in range(1, self.exits + 1):
             features = [self.stage(f, e) for f in features]
             if e < self.exits:
@@ -284,7 +287,7 @@ class APE(Upscaler):
             rows = tops[first : first + rows_at_once]
             bottom = rows[-1] + ph
             boxes = [(y, x) for y in rows for x in lefts]
-            patches = torch.cat([read(y, y + ph, x, x + pw) for y, x in boxes])
+            patches = torch.cat([read(x, y, x + pw, y + ph) for y, x in boxes])
             rule = self.by_threshold(tau) if tau is not None else self.by_budget(share, len(patches))
             pictures, exits = self.run(patches, rule)
             origin = rows[0]

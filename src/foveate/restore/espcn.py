@@ -5,12 +5,13 @@ Network", arXiv:1609.05158.
 
     h1 = tanh(conv5x5(y; 1 -> 64)),  h2 = tanh(conv3x3(h1; 64 -> 32)),  out = PS_s(conv3x3(h2; 32 -> s*s)),
 
-PS_s(T)[c, y, x] = T[c*s*s + (y mod s)*s + x mod s, y // s, x // s] (eq. 4, PyTorch's channel order). The last layer thus
+PS_s(T)[c, y, x] = T[c*s*s + (y mod s)*s + x mod s, y//s, x//s] (eq. 4, PyTorch channel order). The last layer thus
 holds one upscaling filter per output phase and feature map. Only the luminance Y goes through it; Cb and Cr are
 enlarged by bicubic interpolation. Per low-resolution pixel it costs 25*64 + 9*64*32 + 9*32*s*s multiply-accumulates.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.errors import InputError
@@ -24,8 +25,9 @@ class ESPCN(Upscaler):
     Args:
         scale: integer enlargement s.
         widths: features of the two hidden layers.
-        residual: add the bicubically enlarged luminance, so that the network learns the difference only (a later
-            habit, not in the paper; it trains in minutes instead of days).
+        residual: show the network the luminance less its local 9x9 mean (what it sees around a pixel), and add its
+            output to the bicubically enlarged luminance. Not in the paper; it trains in minutes instead of days.
+        activation: "tanh" (the paper's) or "relu", which trains faster with `residual`.
 
     Shape: [B, 3, h, w] RGB, or [B, 1, h, w] luminance, in 0..1 -> [B, 3 or 1, s*h, s*w].
     Raises: InputError for a scale that is no positive integer.
@@ -33,28 +35,36 @@ class ESPCN(Upscaler):
 
     slug = "espcn"
 
-    def __init__(self, scale: int = 3, widths: tuple[int, int] = (64, 32), residual: bool = False) -> None:
+    def __init__(
+        self, scale: int = 3, widths: tuple[int, int] = (64, 32), residual: bool = False, activation: str = "tanh"
+    ) -> None:
         super().__init__()
         if int(scale) != scale or scale < 1:
             raise InputError(f"ESPCN needs an integer scale of at least 1, got {scale!r}.")
-        self.scale, self.residual, self.halo = int(scale), residual, 6
+        if activation not in ("tanh", "relu"):
+            raise InputError(f"unknown activation {activation!r}; use 'tanh' or 'relu'.")
+        phi = nn.Tanh if activation == "tanh" else nn.ReLU
+        self.scale, self.residual, self.halo = int(scale), residual, 8
         self.body = nn.Sequential(
             nn.Conv2d(1, widths[0], 5, padding=2),
-            nn.Tanh(),
+            phi(),
             nn.Conv2d(widths[0], widths[1], 3, padding=1),
-            nn.Tanh(),
-            nn.Conv2d(widths[1], self.scale**2, 3, padding=1),
+            phi(),
         )
+        self.last = nn.Conv2d(widths[1], self.scale**2, 3, padding=1)
         self.shuffle = nn.PixelShuffle(self.scale)
         if residual:
-            nn.init.zeros_(self.body[4].weight)
+            for parameter in self.last.parameters():
+                nn.init.zeros_(parameter)
         else:
-            icnr_(self.body[4].weight, self.scale)
+            icnr_(self.last.weight, self.scale)
 
     def luminance(self, y: Tensor) -> Tensor:
         """Enlarge the luminance. Shape: [B, 1, h, w] -> [B, 1, s*h, s*w]."""
-        out = self.shuffle(self.body(y))
-        return out + enlarge(y, self.scale, "bicubic") if self.residual else out
+        if not self.residual:
+            return self.shuffle(self.last(self.body(y)))
+        detail = y - F.avg_pool2d(y, 9, stride=1, padding=4, count_include_pad=False)
+        return self.shuffle(self.last(self.body(detail))) + enlarge(y, self.scale, "bicubic")
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] not in (1, 3):
@@ -66,9 +76,10 @@ class ESPCN(Upscaler):
 
     def parameter_groups(self, lr: float) -> list[dict]:
         """Parameters for an optimiser: the last layer learns ten times slower, as published."""
-        last = list(self.body[4].parameters())
-        rest = [*self.body[0].parameters(), *self.body[2].parameters()]
-        return [{"params": rest, "lr": lr}, {"params": last, "lr": 0.1 * lr}]
+        return [
+            {"params": list(self.body.parameters()), "lr": lr},
+            {"params": list(self.last.parameters()), "lr": 0.1 * lr},
+        ]
 
 
 def icnr_(weight: Tensor, scale: int) -> Tensor:

@@ -26,68 +26,27 @@ from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate.engine.allocate import threshold_for
+from foveate.engine.tiles import Box, plan
 from foveate.errors import InputError, WeightsError
 from foveate.layers.encoders import ENCODERS
-from foveate.layers.residual import relu_
-from foveate.layers.upscaler import TILE, Read, Rendered, Upscaler, cuts, enlarge, strip_rows, with_halo
-
-WHOLE_PIXELS = 1 << 20
-"""Up to this many low-resolution pixels the threshold rests on all of the picture, above on windows spread over it."""
+from foveate.layers.implicit import MLP, subpixel_offsets
+from foveate.layers.upscaler import STRIP_PIXELS, TILE, Read, Rendered, Upscaler, enlarge, strip_rows, with_halo
+from foveate.ops import subpixel
 
 SAMPLES = 1 << 18
 """Scores that a threshold is computed from, at most."""
 
+PROBE = 64
+"""Side of the windows from which the threshold for a large picture is found, in low-resolution pixels."""
+
 CHUNK = 2048
 """Low-resolution pixels per step of the heads."""
 
-HEAVY_ROWS = 8192
+HEAVY_ROWS = 4096
 """Output pixels per step of the heavy head."""
-
-
-class MLP(nn.Module):
-    """Linear layers with ReLU between, on queries z = [feature, offset, cell]."""
-
-    def __init__(self, inputs: int, hidden: list[int], outputs: int) -> None:
-        super().__init__()
-        widths = [inputs, *hidden, outputs]
-        layers: list[nn.Module] = []
-        for a, b in zip(widths, widths[1:], strict=False):
-            layers += [nn.Linear(a, b), nn.ReLU()]
-        self.layers = nn.Sequential(*layers[:-1])
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Shape: [..., inputs] -> [..., outputs]. The plain definition; `split` and `rest` are its fast form."""
-        return self.layers(z)
-
-    @property
-    def linears(self) -> list[nn.Linear]:
-        """The linear layers in order."""
-        return [m for m in self.layers if isinstance(m, nn.Linear)]
-
-    def split(self, features: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """The two terms of the first layer: per feature [N, C] -> [N, H], per offset [S, 4] -> [S, H]."""
-        first = self.linears[0]
-        c = features.shape[1]
-        return features @ first.weight[:, :c].T, torch.addmm(first.bias, offsets, first.weight[:, c:].T)
-
-    def rest(self, first: Tensor) -> Tensor:
-        """All that follows the first layer's sum. Shape: [N, H] -> [N, outputs]."""
-        for linear in self.linears[1:]:
-            first = torch.addmm(linear.bias, relu_(first), linear.weight.T)
-        return first
-
-    def everywhere(self, features: Tensor, offsets: Tensor) -> Tensor:
-        """The output at all S sub-pixels of each feature. Shape: [N, C], [S, 4] -> [N, S, outputs]."""
-        a, b = self.split(features, offsets)
-        return self.rest((a[:, None] + b).flatten(0, 1)).view(len(a), len(b), -1)
-
-    def cost(self, pixels: int) -> tuple[float, float]:
-        """FLOPs of the first layer per feature and of the rest per output pixel."""
-        first, *rest = self.linears
-        return 2.0 * (first.in_features - 4) * first.out_features, 2.0 * sum(m.weight.numel() for m in rest)
 
 
 class PCSR(Upscaler):
@@ -129,36 +88,9 @@ class PCSR(Upscaler):
         self.classifier = MLP(inputs, [16] if classifier is None else classifier, 2)
         self.refine = refine
 
-    # ------------------------------------------------------------------ queries
-
     def offsets(self) -> Tensor:
-        """[rel_y, rel_x, cell_y, cell_x] of the s*s sub-pixels, in units where a low-resolution pixel is 2 wide."""
-        s = self.scale
-        rel = ((torch.arange(s, dtype=torch.float64) + 0.5) / s - 0.5) * 2
-        y, x = torch.meshgrid(rel, rel, indexing="ij")
-        cell = torch.full((s * s,), 2 / s, dtype=torch.float64)
-        return torch.stack([y.flatten(), x.flatten(), cell, cell], 1).to(self.device, self.dtype)
-
-    @staticmethod
-    def queries(features: Tensor, height: int, width: int) -> Tensor:
-        """The query vectors by their definition, for any output size (LIIF without unfolding or ensemble).
-
-        Shape: features [B, C, h, w] -> [B, height * width, C + 4], rows first.
-        """
-        b, _, h, w = features.shape
-        y = -1 + (2 * torch.arange(height, dtype=features.dtype) + 1) / height
-        x = -1 + (2 * torch.arange(width, dtype=features.dtype) + 1) / width
-        coord = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).view(1, -1, 2).expand(b, -1, -1)
-        cy = -1 + (2 * torch.arange(h, dtype=features.dtype) + 1) / h
-        cx = -1 + (2 * torch.arange(w, dtype=features.dtype) + 1) / w
-        centres = torch.stack(torch.meshgrid(cy, cx, indexing="ij")).expand(b, -1, -1, -1)
-        grid = coord.flip(-1).unsqueeze(1)  # grid_sample wants (x, y)
-        sampled = F.grid_sample(torch.cat([features, centres], 1), grid, mode="nearest", align_corners=False)
-        sampled = sampled[:, :, 0].transpose(1, 2)
-        size = features.new_tensor([h, w])
-        rel = (coord - sampled[..., -2:]) * size
-        cell = features.new_tensor([2 / height, 2 / width]).expand_as(rel) * size
-        return torch.cat([sampled[..., :-2], rel, cell], -1)
+        """Offset and cell of the s*s sub-pixels. Shape: [s*s, 4]."""
+        return subpixel_offsets(self.scale).to(self.device, self.dtype)
 
     # ------------------------------------------------------------------ cost
 
@@ -204,14 +136,23 @@ class PCSR(Upscaler):
 
     def forward(self, x: Tensor) -> Tensor:
         """The heavy head everywhere (budget 1)."""
-        return self._assemble(x, self.heavy.everywhere(self._rows(self.encoder(x)), self.offsets()))
+        return self._assemble(
+            self.heavy.everywhere(self._rows(self.encoder(x)), self.offsets()), enlarge(x, self.scale)
+        )
 
     # ------------------------------------------------------------------ training
 
-    def dense_loss(self, low: Tensor, high: Tensor, subpixels: int | None = None) -> Tensor:
-        """Phase 0: mean |heavy head + base - high|, of `subpixels` random sub-pixels per feature (default all s*s)."""
+    def dense_loss(self, low: Tensor, high: Tensor, subpixels: int | None = None, both: bool = False) -> Tensor:
+        """Phase 0: mean |heavy head + base - high|.
+
+        Args:
+            subpixels: how many random sub-pixels per feature to learn from; default all s*s.
+            both: add the light head's error, so that the features serve both heads. The paper trains the heavy head
+                alone here; with features made for it, a light head of one hidden layer stays far behind.
+        """
         rows, target, offsets = self._drawn(self.encoder(low), low, high, subpixels)
-        return (self.heavy.everywhere(rows, offsets) - target).abs().mean()
+        heads = [self.heavy, self.light] if both else [self.heavy]
+        return torch.stack([(head.everywhere(rows, offsets) - target).abs().mean() for head in heads]).sum()
 
     def routed_loss(self, low: Tensor, high: Tensor, subpixels: int | None = None) -> Tensor:
         """Phase 1, encoder and heavy head frozen: with y = p_0 U_0 + p_1 U_1 + base over Q pixels,
@@ -239,17 +180,16 @@ class PCSR(Upscaler):
     def _rows(features: Tensor) -> Tensor:
         return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
 
-    def _assemble(self, x: Tensor, colours: Tensor, base: Tensor | None = None) -> Tensor:
-        """Colours [B*h*w, s*s, 3] as a picture, on top of the enlarged input."""
-        b, _, h, w = x.shape
+    def _assemble(self, colours: Tensor, base: Tensor) -> Tensor:
+        """Colours [B*h*w, s*s, 3] as a picture [B, 3, s*h, s*w], on top of the enlarged input."""
+        b, _, height, width = base.shape
         s = self.scale
-        picture = colours.view(b, h, w, s, s, 3).permute(0, 1, 3, 2, 4, 5).reshape(b, h * s, w * s, 3)
-        return picture.permute(0, 3, 1, 2) + (enlarge(x, s) if base is None else base)
+        grid = colours.view(b, height // s, width // s, s, s, 3)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(b, 3, height, width).add_(base)
 
     def scores(self, rows: Tensor) -> Tensor:
         """d = log p_1 - log p_0 at every sub-pixel. Shape: features [N, C] -> [N, s*s]."""
-        logits = self.classifier.everywhere(rows, self.offsets())
-        return logits[..., 1] - logits[..., 0]
+        return self.classifier.everywhere(rows, self.offsets(), torch.tensor([[-1.0, 1.0]]).to(rows))[..., 0]
 
     def colours(self, rows: Tensor, threshold: float | None, share: float = 1.0) -> tuple[Tensor, Tensor]:
         """Colour every output pixel with the head it deserves.
@@ -280,9 +220,7 @@ class PCSR(Upscaler):
             per_feature, per_offset = self.heavy.split(chunk, offsets)
             flat = target.view(-1, 3)
             for index in flag.view(-1).nonzero()[:, 0].split(HEAVY_ROWS):
-                feature, offset = index // s2, index % s2
-                first = per_feature.index_select(0, feature).add_(per_offset.index_select(0, offset))
-                flat.index_copy_(0, index, self.heavy.rest(first))
+                flat.index_copy_(0, index, self.heavy.rest(subpixel.hidden(per_feature, per_offset, index)))
         return out, flags
 
     @staticmethod
@@ -297,47 +235,43 @@ class PCSR(Upscaler):
     def strips(
         self, read: Read, height: int, width: int, share: float = 1.0, tile: int | None = None
     ) -> Iterator[Rendered]:
-        """See `Upscaler.strips`. The heavy share is exact where the picture has at most WHOLE_PIXELS pixels."""
+        """See `Upscaler.strips`. The heavy share is exact where the picture is one strip, else very nearly."""
         self.check_share(share)
-        whole = tile is None and height * width <= WHOLE_PIXELS
-        rows = [(0, height)] if whole else strip_rows(height, width, tile)
+        whole = tile is None and height * width <= STRIP_PIXELS
         threshold = None if whole or self.heavy_share(share) >= 1 else self.decide(read, height, width, share)
-        for y0, y1 in rows:
+        for y0, y1 in strip_rows(height, width, tile):
             yield self._strip(read, height, width, y0, y1, share, threshold, tile or TILE)
 
-    def _features(self, read: Read, height: int, width: int, y0: int, y1: int, x0: int, x1: int, tile: int) -> Tensor:
-        """Features of a window as [rows, columns, C], computed tile by tile with their context."""
-        out = torch.empty(y1 - y0, x1 - x0, self.encoder.channels, dtype=self.dtype, device=self.device)
-        for top, bottom in cuts(y1 - y0, tile):
-            for left, right in cuts(x1 - x0, tile):
-                x, dy, dx = with_halo(
-                    read, height, width, y0 + top, y0 + bottom, x0 + left, x0 + right, self.encoder.halo
-                )
-                features = self.encoder(x.contiguous(memory_format=torch.channels_last))
-                inner = features[0, :, dy : dy + bottom - top, dx : dx + right - left]
-                out[top:bottom, left:right] = inner.permute(1, 2, 0)
-        return out
+    def _features(self, read: Read, height: int, width: int, box: Box, tile: int = TILE) -> Tensor:
+        """Features of a box as [rows * columns, C], computed tile by tile with their context."""
+        left, top, right, bottom = box
+        out = torch.empty(bottom - top, right - left, self.encoder.channels, dtype=self.dtype, device=self.device)
+        for x0, y0, x1, y1 in (t.core for t in plan(bottom - top, right - left, tile)):
+            core = (left + x0, top + y0, left + x1, top + y1)
+            x, dx, dy = with_halo(read, height, width, core, self.encoder.halo)
+            features = self.encoder(x.contiguous(memory_format=torch.channels_last))
+            out[y0:y1, x0:x1] = features[0, :, dy : dy + y1 - y0, dx : dx + x1 - x0].permute(1, 2, 0)
+        return out.flatten(0, 1)
 
     def _strip(
         self, read: Read, height: int, width: int, y0: int, y1: int, share: float, threshold: float | None, tile: int
     ) -> Rendered:
         s = self.scale
-        edge = 1 if self.refine and threshold is not None else 0  # the refinement looks one output pixel further
+        edge = 1 if self.refine else 0  # the refinement looks one output pixel further
         a, b = max(0, y0 - edge), min(height, y1 + edge)
-        rows = self._features(read, height, width, a, b, 0, width, tile).flatten(0, 1)
+        rows = self._features(read, height, width, (0, a, width, b), tile)
         colours, flags = self.colours(rows, threshold, share)
-        top, bottom = max(0, a - 1), min(height, b + 1)  # bilinear enlargement looks one pixel further
-        base = enlarge(read(top, bottom, 0, width).contiguous(memory_format=torch.channels_last), s)
-        base = base[..., s * (a - top) : s * (b - top), :]
-        image = self._assemble(rows.new_empty(1, 3, b - a, width), colours, base)
+        x, _, above = with_halo(read, height, width, (0, a, width, b), 1)  # bilinear enlargement looks one further
+        base = enlarge(x.contiguous(memory_format=torch.channels_last), s)[..., s * above : s * (above + b - a), :]
+        image = self._assemble(colours, base)
         if self.refine:
             image = refine(image, self._picture_of(flags, b - a, width), a == 0, b == height)
-        image = image[..., s * (y0 - a) : s * (y0 - a + y1 - y0), :]
-        flags = flags.view(b - a, width, s * s)[y0 - a : y0 - a + y1 - y0]
+        inner = slice(y0 - a, y1 - a)
+        flags = flags.view(b - a, width, s * s)[inner]
         heavy, pixels = int(flags.sum()), flags.numel()
-        effort = self._effort(flags)
-        counts = {"heavy": heavy, "pixels": pixels}
-        return Rendered(image, effort, self.cost(heavy / pixels) * (y1 - y0) * width, counts)
+        flops = self.cost(heavy / pixels) * (y1 - y0) * width
+        image = image[..., s * inner.start : s * inner.stop, :]
+        return Rendered(image, self._effort(flags), flops, {"heavy": heavy, "light": pixels - heavy})
 
     def _effort(self, flags: Tensor) -> Tensor:
         heavy = flags.to(self.dtype).mean(-1)
@@ -351,15 +285,14 @@ class PCSR(Upscaler):
     def decide(self, read: Read, height: int, width: int, share: float) -> float:
         """The threshold on the score that meets a share of the full cost on this picture.
 
-        It rests on all of a picture of up to WHOLE_PIXELS, and on windows spread evenly over a larger one, so it does
-        not depend on how the picture is cut.
+        It rests on all of a picture of up to STRIP_PIXELS, and on 8 x 8 windows spread evenly over a larger one, so it
+        does not depend on how the picture is cut.
         """
-        if height * width <= WHOLE_PIXELS:
-            boxes = [(0, height, 0, width)]
-        else:
-            side = 64
-            boxes = [(y, y + side, x, x + side) for y in probes(height, side, 8) for x in probes(width, side, 8)]
-        rows = torch.cat([self._features(read, height, width, *box, TILE).flatten(0, 1) for box in boxes])
+        boxes: list[Box] = [(0, 0, width, height)]
+        if height * width > STRIP_PIXELS:
+            side = min(PROBE, height, width)
+            boxes = [(x, y, x + side, y + side) for y in probes(height, side, 8) for x in probes(width, side, 8)]
+        rows = torch.cat([self._features(read, height, width, box) for box in boxes])
         score = torch.cat([self.scores(chunk) for chunk in rows.split(CHUNK)])
         return self._threshold(score, self.heavy_share(share))
 
@@ -392,7 +325,9 @@ class PCSR(Upscaler):
         if "encoder.head_conv.0.weight" in mapped:
             d = mapped["encoder.head_conv.0.weight"].shape[0]
             s = mapped["encoder.body_conv.0.0.weight"].shape[0]
-            maps = sum(k.startswith("encoder.body_conv.") and v.dim() == 4 and v.shape[2] == 3 for k, v in mapped.items())
+            maps = sum(
+                k.startswith("encoder.body_conv.") and v.dim() == 4 and v.shape[2] == 3 for k, v in mapped.items()
+            )
             kind, config = "fsrcnn", {"channels": d, "shrink": s, "maps": maps}
         elif "encoder.entry.weight" in mapped:
             nf = mapped["encoder.entry.weight"].shape[0]

@@ -104,7 +104,8 @@ class SCNet(Upscaler):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
                 module.weight.data *= 0.1  # part of the method: without it training stays below bicubic for long
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         if not shift:
             for parent in list(self.modules()):
                 for name, child in list(parent.named_children()):
