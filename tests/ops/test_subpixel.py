@@ -3,15 +3,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foveate.errors import InputError
-from foveate.ops import fast_allowed, subpixel, use
+from foveate.ops import subpixel, use
 
 SIDES, SEEDS = st.integers(0, 40), st.integers(0, 2**32 - 1)
 
 
-def terms(n, s, h, seed):
+def terms(n, s, h, seed=0):
     random = torch.Generator().manual_seed(seed)
     return torch.randn(n, h, generator=random), torch.randn(s, h, generator=random)
+
+
+def layer(outputs, h, seed=0):
+    random = torch.Generator().manual_seed(seed + 1)
+    return torch.randn(outputs, h, generator=random), torch.randn(outputs, generator=random)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The names of the kernels that ran on a fast path, in order."""
+    names = []
+    kernels, two = subpixel._kernels(), subpixel._two
+
+    def noting(name, run):
+        return lambda *args: (names.append(name), run(*args))
+
+    monkeypatch.setattr(subpixel, "_kernels", lambda: {name: noting(name, run) for name, run in kernels.items()})
+    monkeypatch.setattr(subpixel, "_two", lambda outputs: noting(f"two {outputs}", two(outputs)))
+    return names
 
 
 @given(SIDES, st.integers(1, 16), st.integers(1, 33), SEEDS)
@@ -29,47 +47,115 @@ def test_hidden_values_are_those_of_the_reference(n, s, h, seed):
 @settings(deadline=None, max_examples=40)
 def test_two_layers_are_those_of_the_reference(n, s, h, outputs, seed):
     a, b = terms(n, s, h, seed)
-    weight, bias = torch.randn(outputs, h), torch.randn(outputs)
+    weight, bias = layer(outputs, h, seed)
     with torch.no_grad():
         fast = subpixel.two_layers(a, b, weight, bias)
     assert fast.shape == (n, s, outputs)
-    torch.testing.assert_close(fast, subpixel.two_layers_reference(a, b, weight, bias), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(fast, subpixel.two_layers_reference(a, b, weight, bias), atol=1e-5, rtol=1e-5)
     exact = (a[:, None] + b).relu().double() @ weight.double().T + bias.double()
-    torch.testing.assert_close(fast.double(), exact, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(fast.double(), exact, atol=1e-5, rtol=1e-5)
 
 
-def test_many_rows_are_shared_among_threads_without_gaps():
-    a, b = terms(3001, 4, 5, 0)
+def test_queries_are_numbered_feature_by_feature():
+    a, b = torch.tensor([[1.0], [-2.0]]), torch.tensor([[0.5], [1.5], [3.0]])
+    with torch.no_grad():
+        assert subpixel.hidden(a, b).flatten().tolist() == [1.5, 2.5, 4.0, 0.0, 0.0, 1.0]
+        assert subpixel.hidden(a, b, torch.tensor([5, 0, 5, 2])).flatten().tolist() == [1.0, 1.5, 1.0, 4.0]
+        out = subpixel.two_layers(a, b, torch.tensor([[2.0], [-1.0]]), torch.tensor([0.0, 10.0]))
+    assert out.tolist() == [[[3.0, 8.5], [5.0, 7.5], [8.0, 6.0]], [[0.0, 10.0], [0.0, 10.0], [2.0, 9.0]]]
+
+
+def test_many_rows_are_shared_among_threads_without_gaps(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    (a, b), (weight, bias) = terms(3001, 4, 5), layer(3, 5)
+    index = torch.randperm(12004, generator=torch.Generator().manual_seed(0))[:5001]
     with torch.no_grad():
         assert torch.equal(subpixel.hidden(a, b), subpixel.hidden_reference(a, b))
-        weight, bias = torch.randn(3, 5), torch.randn(3)
+        assert torch.equal(subpixel.hidden(a, b, index), subpixel.hidden_reference(a, b, index))
+        fast, plain = subpixel.two_layers(a, b, weight, bias), subpixel.two_layers_reference(a, b, weight, bias)
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
+
+
+def test_the_memory_layout_does_not_matter():
+    a, b = terms(5, 6, 14)
+    a, b = a.T[:7].T, b[:, ::2]  # neither is contiguous
+    weight, bias = layer(3, 14)[0][:, ::2], torch.randn(6)[::2]
+    index = torch.arange(30)[::3]
+    with torch.no_grad():
+        assert torch.equal(subpixel.hidden(a, b), subpixel.hidden_reference(a, b))
+        assert torch.equal(subpixel.hidden(a, b, index), subpixel.hidden_reference(a, b, index))
         fast, plain = subpixel.two_layers(a, b, weight, bias), subpixel.two_layers_reference(a, b, weight, bias)
     torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_pass_where_they_are_asked_for():
-    a, b = (t.double().requires_grad_() for t in terms(3, 2, 4, 0))
-    weight, bias = torch.randn(2, 4).double().requires_grad_(), torch.randn(2).double().requires_grad_()
+    a, b = (t.double().requires_grad_() for t in terms(3, 2, 4))
+    weight, bias = (t.double().requires_grad_() for t in layer(2, 4))
     assert torch.autograd.gradcheck(subpixel.two_layers, (a, b, weight, bias))
     assert torch.autograd.gradcheck(subpixel.hidden, (a, b))
+    assert torch.autograd.gradcheck(lambda a, b: subpixel.hidden(a, b, torch.tensor([5, 0, 0, 2])), (a, b))
 
 
-def test_fast_paths_can_be_switched_off_and_on(monkeypatch):
-    a, b = terms(3, 2, 4, 0)
-    taken = []
-    monkeypatch.setattr(subpixel, "in_parts", lambda *args: taken.append("fast"))
+def test_single_precision_parameters_get_gradients_too(taken):
+    (a, b), (weight, bias) = terms(3, 2, 4), layer(2, 4)
+    leaves = [t.requires_grad_() for t in (a, b, weight, bias)]
+    subpixel.two_layers(*leaves).sum().backward()
+    assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in leaves)
+    assert taken == []
+
+
+def test_the_fast_path_is_for_single_precision_without_gradients(taken):
+    a, b = terms(3, 2, 4)
+    weight, bias = (t.requires_grad_() for t in layer(2, 4))  # as the parameters of a layer do
+
+    def both(dtype):
+        subpixel.hidden(a.to(dtype), b.to(dtype))
+        subpixel.hidden(a.to(dtype), b.to(dtype), torch.tensor([1]))
+        return subpixel.two_layers(a.to(dtype), b.to(dtype), weight.to(dtype), bias.to(dtype))
+
+    both(torch.float32)
+    assert taken == []
+    for switch in (torch.no_grad, torch.inference_mode):
+        with switch():
+            assert both(torch.float64).dtype == torch.float64
+            assert both(torch.bfloat16).dtype == torch.bfloat16
+            with use("reference"):
+                both(torch.float32)
+            assert taken == []
+            both(torch.float32)
+        assert taken == ["all", "some", "two 2"]
+        taken.clear()
+
+
+def test_more_outputs_than_registers_take_the_reference(taken):
+    a, b = terms(3, 2, 4)
     with torch.no_grad():
-        with use("reference"):
+        for outputs in range(1, 7):
+            assert subpixel.two_layers(a, b, *layer(outputs, 4)).shape == (3, 2, outputs)
+    assert taken == ["two 1", "two 2", "two 3", "two 4"]
+
+
+def test_no_features_give_no_values(taken):
+    a, b = terms(0, 4, 5)
+    with torch.no_grad():
+        assert subpixel.hidden(a, b).shape == (0, 5)
+        assert subpixel.two_layers(a, b, *layer(3, 5)).shape == (0, 4, 3)
+        assert subpixel.hidden(terms(2, 4, 5)[0], b, torch.zeros(0, dtype=torch.int64)).shape == (0, 5)
+    assert taken == []
+
+
+def test_a_value_that_is_not_a_number_stays_one():
+    a, b = torch.tensor([[float("nan"), 1.0]]), torch.zeros(2, 2)
+    with torch.no_grad():
+        assert subpixel.hidden(a, b).isnan().tolist() == [[True, False], [True, False]]
+        assert subpixel.two_layers(a, b, torch.ones(1, 2), torch.zeros(1)).isnan().all()
+
+
+@pytest.mark.parametrize("path", ["fast", "reference"])
+def test_widths_that_do_not_fit_are_refused(path):
+    (a, _), (_, b) = terms(3, 2, 6), terms(3, 2, 4)
+    with use(path), torch.no_grad():
+        with pytest.raises((ValueError, RuntimeError)):
             subpixel.hidden(a, b)
-            assert not fast_allowed()
-        assert taken == []
-        subpixel.hidden(a, b)
-        subpixel.hidden(a.double(), b.double())
-    subpixel.hidden(a, b)
-    assert taken == ["fast"]
-
-
-def test_an_unknown_path_is_refused():
-    with pytest.raises(InputError, match="'quick'; use one of 'fast', 'reference'"):
-        use("quick")
-    assert fast_allowed()
+        with pytest.raises((ValueError, RuntimeError)):
+            subpixel.two_layers(a, a[:2], *layer(3, 4))

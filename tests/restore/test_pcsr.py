@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foveate.engine.tiles import plan
 from foveate.errors import BudgetError, InputError
 from foveate.layers import upscaler
 from foveate.layers.implicit import queries
@@ -175,13 +176,16 @@ def test_reported_flops_are_those_of_the_run(scale):
         assert net.upscale(x, share).flops == pytest.approx(counted, rel=0.01)
 
 
-def test_flops_that_a_threshold_for_a_cut_picture_costs_are_reported_too():
+@pytest.mark.parametrize("tile", [32, 12])
+def test_flops_that_finding_a_threshold_costs_are_reported_too(tile):
     torch.manual_seed(0)
     net, x = PCSR(4).eval(), picture(24, 20, dtype=torch.float32)
+    reported = net.upscale(x, 0.75, tile).flops
     with use("reference"):
-        counted = count_flops(net.upscale, x, 0.75, 32)
-    # One tile and one strip, so no overlap: all that is spent beyond the strip is spent on the threshold.
-    assert net.upscale(x, 0.75, tile=32).flops == pytest.approx(counted, rel=0.01)
+        counted = count_flops(net.upscale, x, 0.75, tile)
+    windows = [t.window for t in plan(24, 20, tile, net.encoder.halo)]
+    overlap = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in windows) - 24 * 20
+    assert reported == pytest.approx(counted - overlap * count_flops(net.encoder, x) / (24 * 20), rel=0.01)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.0, 1.5, float("nan")])
@@ -218,12 +222,13 @@ def test_a_large_picture_is_streamed_with_one_threshold(monkeypatch, size):
         read = window_reader(x)
         strips = list(net.strips(read, *size, 0.75))
         assert len(strips) == -(-size[0] // max(16, 320 // size[1]))
-        image, flops = gather_strips(strips).image, sum(s.flops for s in strips)
+        whole = gather_strips(strips)
         heavy = flags_of(net, x, net.decide(read, *size, 0.75))
         expected = enlarge(x, 2) + torch.where(heavy, answered(net, net.heavy, x), answered(net, net.light, x))
-    torch.testing.assert_close(image, refine(expected, heavy), atol=1e-10, rtol=0)
-    torch.testing.assert_close(image, net.upscale(x, 0.75, tile=11).image, atol=1e-10, rtol=0)
-    assert flops / net.full_flops(*size) == pytest.approx(0.75, abs=0.06)
+    torch.testing.assert_close(whole.image, refine(expected, heavy), atol=1e-10, rtol=0)
+    torch.testing.assert_close(whole.image, net.upscale(x, 0.75, tile=11).image, atol=1e-10, rtol=0)
+    assert whole.counts["heavy"] == int(heavy.sum())
+    assert whole.counts["heavy"] / heavy.numel() == pytest.approx(net.heavy_share(0.75), abs=0.1)
 
 
 @given(st.integers(1, 300), st.integers(1, 64), st.integers(1, 8))

@@ -87,12 +87,18 @@ def as_dict(card: "Card") -> dict[str, Any]:
     return {**asdict(card), "works": card.works}
 
 
+def _adaptive(slug: str) -> bool:
+    """Whether the weights that come with a system can run on half of its compute."""
+    from foveate import weights
+
+    return any(weights.card(slug, scale).get("floor", 1) <= 0.5 for scale in weights.available().get(slug, []))
+
+
 def how_to_use(card: "Card") -> list[str]:
     """Lines to copy, by the kind of the system; none when it does not work yet."""
     if card.entry is None:
         return []
     module, _, name = card.entry.partition(":")
-    budget = "--budget 0.5"
     by_kind = {
         "job": [f"from {module} import {name}"],
         "model": [f'model = foveate.create("{card.slug}")'],
@@ -102,9 +108,10 @@ def how_to_use(card: "Card") -> list[str]:
     lines = by_kind[card.kind]
     if card.kind == "job" and card.wing in _VERBS:
         verb, rest = _VERBS[card.wing]
+        option, argument = (" --budget 0.5", ", budget=0.5") if _adaptive(card.slug) else ("", "")
         lines = [
-            f"foveate {verb} {rest} --method {card.slug} {budget}",
-            f'foveate.{verb}("photo.jpg", "large.png", scale=2, method="{card.slug}", budget=0.5)',
+            f"foveate {verb} {rest} --method {card.slug}{option}",
+            f'foveate.{verb}("photo.jpg", "large.png", scale=2, method="{card.slug}"{argument})',
             f'network = foveate.create("{card.slug}", pretrained=True, scale=2)',
         ]
     return [*lines, f"foveate prove {card.slug}"] if card.proof else lines

@@ -96,10 +96,10 @@ class MLP(nn.Module):
         """
         a, b = self.split(features, offsets)
         if len(self.linears) == 2:
-            weight, bias = self.linears[1].weight, self.linears[1].bias
-            if combine is not None:
-                weight, bias = combine @ weight, combine @ bias
-            return subpixel.two_layers(a, b, weight, bias)
+            last = self.linears[1]
+            if combine is None:
+                return subpixel.two_layers(a, b, last.weight, last.bias)
+            return subpixel.two_layers(a, b, combine @ last.weight, combine @ last.bias)
         out = a[:, None] + b if len(self.linears) == 1 else self.rest(subpixel.hidden(a, b)).view(len(a), len(b), -1)
         return out if combine is None else out @ combine.T
 

@@ -35,7 +35,8 @@ class Rendered:
     Attributes:
         image: [B, 3, s*h, s*w], not clipped.
         effort: [B, 1, h, w] in 0..1, the share of the full network each low-resolution pixel was given.
-        flops: floating-point operations spent, 2 per multiply-accumulate.
+        flops: floating-point operations spent, 2 per multiply-accumulate; what neighbouring tiles compute twice is
+            left out, for it is the same at every budget.
         counts: what was decided, e.g. {"heavy": 120, "pixels": 400} or {"exit 1": 3, "exit 2": 1}; sums over strips.
     """
 

@@ -42,6 +42,8 @@ class Crops:
         with ThreadPoolExecutor(2) as pool:
             read = pool.map(lambda f: _pairs(f, scale, sizes), list(track(files)))
             self.pairs = [pair for pairs in read for pair in pairs]
+        if not self.pairs:
+            raise InputError(f"all {len(files)} pictures are below {48 * scale} pixels a side; give larger ones.")
         areas = np.array([low.shape[0] * low.shape[1] for low, _ in self.pairs], dtype=float)
         self.weights = areas / areas.sum()
 

@@ -62,7 +62,7 @@ def fit(
     start, before = 0, 0.0
     if checkpoint and checkpoint.exists():
         start, before = _restore(checkpoint, trained, averaged, adam)
-    began, running, scores = time.perf_counter(), 0.0, {}
+    began, running, counted, scores = time.perf_counter(), 0.0, 0, {}
     for step in range(start, steps):
         for group in adam.param_groups:
             group["lr"] = lr * schedule(step, steps)
@@ -73,16 +73,16 @@ def fit(
         adam.step()
         decay = min(average, (step + 1) / (step + 10))
         torch._foreach_lerp_(averaged, [p.detach() for p in trained], 1 - decay)
-        running += float(value.detach())
+        running, counted = running + float(value.detach()), counted + 1
         if (step + 1) % every == 0 or step + 1 == steps:
             seconds = before + time.perf_counter() - began
             if checkpoint:
                 _keep(checkpoint, trained, averaged, adam, step + 1, seconds)
             if evaluate:
                 scores = _with(trained, averaged, lambda: evaluate(model))
-            line = {"step": step + 1, "loss": running / every, "seconds": round(seconds), **scores}
+            line = {"step": step + 1, "loss": running / counted, "seconds": round(seconds), **scores}
             log(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}))
-            running = 0.0
+            running, counted = 0.0, 0
     with torch.no_grad():
         for p, a in zip(trained, averaged, strict=True):
             p.copy_(a)

@@ -11,8 +11,9 @@ matrix-vector products, pairwise distances, recurrent layers, grid sampling, res
     pairwise distance     2 n m d, as the matrix product that dominates it
 
 By the convention of the literature, elementwise work, normalisation, softmax, pooling, sorting and copies count
-nothing, and causal or padded attention counts as full. Counted is what the calling thread runs through PyTorch:
-kernels that bypass it (NumPy, numba) are seen once they are custom operators with a formula given to `register`.
+nothing, and causal or padded attention counts as full. Counted is what the calling thread runs through PyTorch: while
+counting, foveate's own kernels take their reference path, whose work is the same; other code that bypasses PyTorch
+(NumPy, numba) is seen once it is a custom operator with a formula given to `register`.
 """
 
 import math
@@ -22,8 +23,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
+from foveate import ops
 from foveate.errors import InputError
 
 Formula = Callable[..., int]
@@ -95,8 +98,10 @@ def _counting() -> Iterator[FlopCounterMode]:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-            yield counter
+        # A count within a count (a network that works out its own cost) is not part of the outer one.
+        with _disable_current_modes(), ops.use("reference"):
+            with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+                yield counter
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 

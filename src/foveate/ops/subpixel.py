@@ -16,7 +16,6 @@ from torch import Tensor
 from foveate.ops import fast_allowed
 from foveate.ops.threads import in_parts
 
-
 _OUTPUTS = 4
 """Sums that the fast path of `two_layers` keeps in registers; more outputs take the reference."""
 
@@ -73,7 +72,7 @@ def two_layers(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def two_layers_reference(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`two_layers` in plain PyTorch."""
-    return torch.addmm(bias, hidden_reference(a, b), weight.T).view(len(a), len(b), -1)
+    return torch.addmm(bias, hidden_reference(a, b), weight.T).view(len(a), len(b), len(weight))
 
 
 @cache

@@ -127,7 +127,7 @@ class APE(Upscaler):
                 PSNR of the enlarged input.
         """
         pictures, scores = self.all_exits(low)
-        before = torch.zeros(len(low)) if from_zero else self._psnr(enlarge(low, self.scale), high)
+        before = low.new_zeros(len(low)) if from_zero else self._psnr(enlarge(low, self.scale), high)
         total = low.new_zeros(())
         for y, s in zip(pictures, scores.unbind(1), strict=True):
             now = self._psnr(y.detach(), high)
@@ -144,7 +144,8 @@ class APE(Upscaler):
     def calibrate(self, patches: Tensor) -> None:
         """Keep the scores of sample patches [P, 3, patch, patch], by which a budget is turned into exits."""
         scores = torch.cat([self.all_exits(p)[1] for p in patches.split(BATCH)])
-        self.calibration = scores.to(self.calibration)
+        rows = torch.linspace(0, len(scores) - 1, len(self.calibration)).round().long()
+        self.calibration = scores[rows].to(self.calibration)
 
     # ------------------------------------------------------------------ cost
 
@@ -156,7 +157,8 @@ class APE(Upscaler):
             x = torch.zeros(1, 3, 16, 16, dtype=self.dtype, device=self.device)
             with torch.no_grad():
                 x0 = self.start(x)
-                fixed = count_flops(self.start, x) + count_flops(self.finish, x, x0, x0)
+                # A patch's x_0 is computed again when it leaves, which is cheaper than keeping it.
+                fixed = 2 * count_flops(self.start, x) + count_flops(self.finish, x, x0, x0)
                 block = count_flops(self.body[0], x0)
             self.__dict__["costs"] = [(fixed + e * self.interval * block) / 256 for e in range(1, self.exits + 1)]
         return self.__dict__["costs"]
@@ -253,7 +255,7 @@ class APE(Upscaler):
         """The paper's rule: leave where the score is tau or more. Raises: InputError on NaN."""
         if tau != tau:
             raise InputError("the threshold is NaN; use a number from -1 (all leave at once) to 1 (none leave).")
-        return lambda _, scores: scores < tau
+        return lambda _, scores: (scores < tau) | (tau >= 1)  # scores below 1 may round to 1
 
     def by_budget(self, share: float, patches: int) -> Stay:
         """At most the calibrated number of patches passes each exit: those with the lowest scores."""
@@ -325,7 +327,9 @@ class APE(Upscaler):
         """
         if "head.0.weight" not in state or "regressor.2.weight" not in state:
             raise WeightsError(f"no APE-EDSR checkpoint: the keys begin with {sorted(state)[:3]}.")
-        blocks = max(int(k.split(".")[1]) for k in state if k.startswith("body."))
+        blocks = max((int(k.split(".")[1]) for k in state if k.startswith("body.")), default=0)
+        if blocks < interval:
+            raise WeightsError(f"{blocks} blocks among the keys (body.0, ...), fewer than the interval of {interval}.")
         channels = state["head.0.weight"].shape[0]
         res_scale = 0.1 if channels > 64 else 1.0
         model = cls(scale, channels, blocks, interval, res_scale, "edsr", base=False, value_range=255.0)

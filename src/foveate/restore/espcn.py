@@ -58,6 +58,7 @@ class ESPCN(Upscaler):
                 nn.init.zeros_(parameter)
         else:
             icnr_(self.last.weight, self.scale)
+            nn.init.zeros_(self.last.get_parameter("bias"))  # unequal ones would show as a checkerboard
 
     def luminance(self, y: Tensor) -> Tensor:
         """Enlarge the luminance. Shape: [B, 1, h, w] -> [B, 1, s*h, s*w]."""

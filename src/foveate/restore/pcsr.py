@@ -22,6 +22,7 @@ rather than s*s times. Light head and classifier run everywhere (they are tiny),
 for it, in chunks that stay in cache.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -117,6 +118,11 @@ class PCSR(Upscaler):
                 total += first + s2 * rest
         return total
 
+    def _score_flops(self) -> float:
+        """FLOPs per low-resolution pixel of encoder and classifier."""
+        first, rest = self.classifier.cost(self.scale**2)
+        return self._encoder_flops() + first + self.scale**2 * rest
+
     def _flops_per_pixel(self) -> float:
         return self.cost(1.0)
 
@@ -159,8 +165,11 @@ class PCSR(Upscaler):
 
         L = 1000 mean |y - high| + 3 |sum p_1 - Q/2| / (Q/2), the second term keeping half of the pixels heavy.
         """
+        training = self.encoder.training
         with torch.no_grad():
-            rows, target, offsets = self._drawn(self.encoder(low), low, high, subpixels)
+            features = self.encoder.eval()(low)  # in training mode CARN's batch statistics would drift
+            self.encoder.train(training)
+            rows, target, offsets = self._drawn(features, low, high, subpixels)
             heavy = self.heavy.everywhere(rows, offsets)
         p = self.classifier.everywhere(rows, offsets).softmax(-1)
         mixed = p[..., :1] * self.light.everywhere(rows, offsets) + p[..., 1:] * heavy
@@ -227,7 +236,9 @@ class PCSR(Upscaler):
     def _threshold(score: Tensor, share: float) -> float:
         if share <= 0:
             return float("inf")
-        stride = (score.numel() // SAMPLES) | 1  # odd, so that all sub-pixels are met
+        stride = max(1, score.numel() // SAMPLES)
+        while math.gcd(stride, score.shape[-1]) > 1:  # so that all sub-pixels are met
+            stride += 1
         return float(threshold_for(score.flatten()[::stride], share))
 
     # ------------------------------------------------------------------ pictures of any size
@@ -237,10 +248,19 @@ class PCSR(Upscaler):
     ) -> Iterator[Rendered]:
         """See `Upscaler.strips`. The heavy share is exact where the picture is one strip, else very nearly."""
         self.check_share(share)
-        whole = tile is None and height * width <= STRIP_PIXELS
-        threshold = None if whole or self.heavy_share(share) >= 1 else self.decide(read, height, width, share)
-        for y0, y1 in strip_rows(height, width, tile):
-            yield self._strip(read, height, width, y0, y1, share, threshold, tile or TILE)
+        rows = strip_rows(height, width, tile)
+        whole = len(rows) == 1 and height * width <= STRIP_PIXELS
+        threshold, deciding = None, 0.0
+        if not whole and self.heavy_share(share) < 1:
+            boxes = probed(height, width)
+            deciding = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes) * self._score_flops()
+            if len(boxes) > 1:  # a large picture pays for its windows; a small one cut by hand is not to depend on that
+                share = max(self.floor, share - deciding / self.full_flops(height, width))
+            threshold = self.decide(read, height, width, share)
+        for y0, y1 in rows:
+            strip = self._strip(read, height, width, y0, y1, share, threshold, tile or TILE)
+            strip.flops, deciding = strip.flops + deciding, 0.0
+            yield strip
 
     def _features(self, read: Read, height: int, width: int, box: Box, tile: int = TILE) -> Tensor:
         """Features of a box as [rows * columns, C], computed tile by tile with their context."""
@@ -288,11 +308,7 @@ class PCSR(Upscaler):
         It rests on all of a picture of up to STRIP_PIXELS, and on 8 x 8 windows spread evenly over a larger one, so it
         does not depend on how the picture is cut.
         """
-        boxes: list[Box] = [(0, 0, width, height)]
-        if height * width > STRIP_PIXELS:
-            side = min(PROBE, height, width)
-            boxes = [(x, y, x + side, y + side) for y in probes(height, side, 8) for x in probes(width, side, 8)]
-        rows = torch.cat([self._features(read, height, width, box) for box in boxes])
+        rows = torch.cat([self._features(read, height, width, box) for box in probed(height, width)])
         score = torch.cat([self.scores(chunk) for chunk in rows.split(CHUNK)])
         return self._threshold(score, self.heavy_share(share))
 
@@ -322,14 +338,14 @@ class PCSR(Upscaler):
                 raise WeightsError(f"the state dict has no {head} head; its keys begin with {sorted(state)[:3]}.")
             return sizes[:-1]
 
-        if "encoder.head_conv.0.weight" in mapped:
+        if {"encoder.head_conv.0.weight", "encoder.body_conv.0.0.weight"} <= mapped.keys():
             d = mapped["encoder.head_conv.0.weight"].shape[0]
             s = mapped["encoder.body_conv.0.0.weight"].shape[0]
             maps = sum(
                 k.startswith("encoder.body_conv.") and v.dim() == 4 and v.shape[2] == 3 for k, v in mapped.items()
             )
             kind, config = "fsrcnn", {"channels": d, "shrink": s, "maps": maps}
-        elif "encoder.entry.weight" in mapped:
+        elif {"encoder.entry.weight", "encoder.b1.b1.body.0.weight"} <= mapped.keys():
             nf = mapped["encoder.entry.weight"].shape[0]
             groups = nf // mapped["encoder.b1.b1.body.0.weight"].shape[1]
             kind, config = "carn", {"channels": nf, "groups": groups}
@@ -341,6 +357,14 @@ class PCSR(Upscaler):
         except RuntimeError as error:
             raise WeightsError(f"the checkpoint does not fit a {kind} PCSR: {error}") from error
         return model.eval()
+
+
+def probed(height: int, width: int) -> list[Box]:
+    """The windows that a threshold is found from."""
+    if height * width <= STRIP_PIXELS:
+        return [(0, 0, width, height)]
+    side = min(PROBE, height, width)
+    return [(x, y, x + side, y + side) for y in probes(height, side, 8) for x in probes(width, side, 8)]
 
 
 def probes(length: int, side: int, count: int) -> list[int]:

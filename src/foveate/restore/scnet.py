@@ -127,7 +127,10 @@ class SCNet(Upscaler):
         state = state.get("params", state)  # type: ignore[assignment]
         if "conv_first.weight" not in state:
             raise WeightsError(f"no SCNet: the keys begin with {sorted(state)[:3]}; expected conv_first.weight.")
-        blocks = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("body."))
+        numbers = [int(key.split(".")[1]) for key in state if key.startswith("body.")]
+        if not numbers:
+            raise WeightsError("no SCNet: the state dict has no blocks; expected keys body.0.conv1.weight and so on.")
+        blocks = 1 + max(numbers)
         upsampling = "ps" if "upconv1.up_layer.0.weight" in state else "mlp"
         model = cls(scale, state["conv_first.weight"].shape[0], blocks, upsampling)
         try:

@@ -43,6 +43,7 @@ def load(slug: str, scale: int, **changes: Any) -> Any:
     Returns: the network in eval mode.
     Raises: WeightsError when there are none, or they do not fit.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from foveate import catalog
@@ -51,6 +52,8 @@ def load(slug: str, scale: int, **changes: Any) -> Any:
     model = catalog.card(slug).target()(**config)
     try:
         model.load_state_dict(load_file(FOLDER / f"{slug}-x{scale}.safetensors"))
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"the weights of {slug} x{scale} cannot be read: {error}; install foveate anew.") from error
     except RuntimeError as error:
         raise WeightsError(f"the weights of {slug} x{scale} do not fit {config}: {error}") from error
     return model.eval()
@@ -65,4 +68,5 @@ def save(model: Any, slug: str, scale: int, description: dict[str, Any], folder:
     save_file({k: v.detach().contiguous() for k, v in model.state_dict().items()}, target.with_suffix(".part"))
     os.replace(target.with_suffix(".part"), target)
     text = json.dumps({"system": slug, "scale": scale, **description}, indent=2)
-    target.with_suffix(".json").write_text(text + "\n")
+    target.with_suffix(".part").write_text(text + "\n")
+    os.replace(target.with_suffix(".part"), target.with_suffix(".json"))

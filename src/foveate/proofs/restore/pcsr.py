@@ -54,7 +54,7 @@ PATCH = 32
 LOSS_ALLOWED = 0.1
 """dB that budget 0.5 may cost."""
 
-STEPS = {"quick": (500, 250), "full": (3000, 1000)}
+STEPS = {"quick": (600, 300), "full": (3000, 1000)}
 """Steps of the two phases, where a network has to be trained here."""
 
 WAYS = {"pixels": "PCSR", "patches": "patch-level flags", "random": "random flags"}
@@ -145,11 +145,12 @@ def prove(context: ProofContext) -> Evidence:
             f"{ratio:.2f}x the FLOPs at {-cost:+.2f} dB; {SHARE:.0%} heavy pixels recover {recovered['pixels']:.0%} of "
             f"the gap (patches {recovered['patches']:.0%}, random {recovered['random']:.0%})"
         ),
-        holds=half < 0.6 and verdict(recovered, cost),
+        holds=half < 0.6 and verdict(recovered, cost, heavy - light),
         notes=(
             f"x{model.scale}, {origin}. {where}",
-            f"Holds when PCSR recovers more of the light-to-heavy gap ({heavy - light:.2f} dB) than random and "
-            f"patch-level flags at {SHARE:.0%} heavy pixels, and budget 0.5 costs less than {LOSS_ALLOWED} dB.",
+            f"Holds when all light loses more than {LOSS_ALLOWED} dB (here {heavy - light:.2f}), PCSR recovers more of "
+            f"that than random and patch-level flags at {SHARE:.0%} heavy pixels, and budget 0.5 costs less than "
+            f"{LOSS_ALLOWED} dB.",
             on_the_clock(clock),
             "Every picture meets the budget by itself. FLOPs are per picture, classifier included.",
         ),
@@ -159,9 +160,16 @@ def prove(context: ProofContext) -> Evidence:
     )
 
 
-def verdict(recovered: dict[str, float], cost: float) -> bool:
-    """Whether the claim holds: shares of the gap recovered by each way, and the dB that budget 0.5 costs."""
-    return recovered["pixels"] > max(recovered["random"], recovered["patches"]) and cost < LOSS_ALLOWED
+def verdict(recovered: dict[str, float], cost: float, gap: float) -> bool:
+    """Whether the claim holds.
+
+    Args:
+        recovered: share of the gap that each way recovers.
+        cost: dB that budget 0.5 costs.
+        gap: dB between all light and all heavy; where light heads do as well, there is nothing to choose.
+    """
+    best_rival = max(recovered["random"], recovered["patches"])
+    return gap > LOSS_ALLOWED and recovered["pixels"] > best_rival and cost < LOSS_ALLOWED
 
 
 def recovery(psnr: float, light: float, heavy: float) -> float:
@@ -217,9 +225,11 @@ def _network(context: ProofContext) -> tuple[PCSR, str, tuple[str, ...]]:
     draw = crops(training_pairs(context, SCALE), context.seed)
     first, second = STEPS[context.mode]
     dense = [*model.encoder.parameters(), *model.heavy.parameters()]
-    train(context, model, lambda: model.dense_loss(*draw(8, 32)), first, "training the heavy head", 2e-3, dense)
+    train(context, model, lambda: model.dense_loss(*draw(8, 32), 4), first, "training the heavy head", 2e-3, dense)
     rest = [*model.light.parameters(), *model.classifier.parameters()]
-    train(context, model, lambda: model.routed_loss(*draw(8, 32)), second, "training light head", 2e-3, rest, clip=1e6)
+    train(
+        context, model, lambda: model.routed_loss(*draw(8, 32), 4), second, "training light head", 2e-3, rest, clip=1e6
+    )
     return model, f"a small FSRCNN-PCSR trained here for {first} + {second} steps", HELD_OUT
 
 

@@ -34,7 +34,7 @@ BATCH, SIDE = 4, 32
 """Crops per step and their side in low-resolution pixels."""
 
 STEPS = {"quick": 600, "full": 1500}
-LR = 4e-3
+LR = 2e-3
 MARGIN = {"quick": 0.2, "full": 0.5}
 """dB by which the shift must help."""
 
@@ -114,9 +114,9 @@ def prove(context: ProofContext) -> Evidence:
         holds=verdict(gain, margin, ratio, apart),
         notes=(
             where,
-            f"Holds when the shift is worth at least {margin} dB over 1x1 convolutions alone after {steps} steps (0.5 in "
-            "the full proof, 0.2 in the quick one), a block has a ninth of the multiply-accumulates, and shifts equal "
-            "one-hot convolutions.",
+            f"Holds when the shift is worth at least {margin} dB over 1x1 convolutions alone after {steps} steps (0.5 "
+            "in the full proof, 0.2 in the quick one), a block has a ninth of the multiply-accumulates, and shifts "
+            "equal one-hot convolutions.",
             *versus,
             f"Shifts and one-hot convolutions differ by at most {apart:.1g} on {TIMED}.",
             f"A block has {fewer:.1f}x fewer parameters. Speed-ups are over 3x3 convolutions of the same width on "

@@ -1,0 +1,1 @@
+"""The encode wing: networks that turn a picture into features and classes."""

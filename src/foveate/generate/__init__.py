@@ -1,0 +1,1 @@
+"""The generate wing: pictures from densities, diffusion and autoregression, adaptively spent."""
