@@ -26,11 +26,10 @@ from foveate.meter.quality import psnr_y
 from foveate.ops.color import rgb_to_y
 from foveate.restore.adaptive_patch_exiting import APE
 from foveate.restore.espcn import ESPCN
-from foveate.restore.pcsr import PCSR
+from foveate.restore.pcsr import HEAVY, PCSR
 from foveate.restore.scnet import SCNet
 
 TRAINING = ("bsds300", "sunhays80", "t91")
-PCSR_HEAVY = {2: [128, 128, 128], 3: [128, 128], 4: [96, 96]}
 
 
 def evaluation_pairs(folder: Path, scale: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -61,8 +60,8 @@ def train_pcsr(args: argparse.Namespace, crops: Crops, pairs: list) -> tuple[Ups
         "scale": args.scale,
         "encoder": "residual",
         "encoder_config": {"channels": 32, "blocks": 4},
-        "heavy": PCSR_HEAVY[args.scale],
-        "light": [32],
+        "heavy": HEAVY.get(args.scale, [96, 96]),
+        "light": [64],
         "classifier": [16],
     }
     model = PCSR(**config)
@@ -99,7 +98,7 @@ def train_pcsr(args: argparse.Namespace, crops: Crops, pairs: list) -> tuple[Ups
 
 def train_ape(args: argparse.Namespace, crops: Crops, pairs: list) -> tuple[Upscaler, dict]:
     """All exits and the regressor together on patches of the size that is met at inference; then the calibration."""
-    config = {"scale": args.scale, "channels": 32, "blocks": 8, "interval": 2}
+    config = {"scale": args.scale, "channels": 32, "blocks": 8, "interval": 1}
     model = APE(**config).to(memory_format=torch.channels_last)
     if args.start:
         start(model, args.start)

@@ -43,7 +43,8 @@ class SpectralMixer(nn.Module):
         dropout: share of outputs dropped, after the inverse transform.
         adaptive: let an MLP on the mean token bend the filter; False keeps it the same for every picture.
         modulation: "modrelu" (the paper), or "affine" (a later revision of its code): layer norm first, a real offset
-            added to the spectrum, u = W_base (1 + s) F + (b + o) with s and o from the MLP, and GELU on magnitudes.
+            added to the spectrum, u = W_base (1 + s) F + (b + o) with s and o from the MLP, and GELU on magnitudes. An
+            offset is an impulse on the first token; without it a shift of the tokens only shifts the result.
         local: "haar" adds GELU of averages and differences of neighbouring tokens, blended in by a learned share.
         residual: True gives the layer its own norm and its one residual; False returns what is to be added, for blocks
             that have both around their attention (timm's `Block.attn`).

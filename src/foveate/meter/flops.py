@@ -99,9 +99,9 @@ def _counting() -> Iterator[FlopCounterMode]:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         # A count within a count (a network that works out its own cost) is not part of the outer one.
-        with _disable_current_modes(), ops.use("reference"):
-            with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-                yield counter
+        counter = FlopCounterMode(display=False, custom_mapping=mapping)
+        with _disable_current_modes(), ops.use("reference"), counter:
+            yield counter
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 

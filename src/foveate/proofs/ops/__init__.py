@@ -1,0 +1,1 @@
+"""Proofs of the systems that are operators at heart."""
