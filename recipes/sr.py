@@ -8,6 +8,7 @@ Reads every photograph of the training folders, draws crops, minimises the syste
 """
 
 import argparse
+import json
 import time
 from functools import partial
 from pathlib import Path
@@ -55,13 +56,13 @@ def score(model: Upscaler, pairs: list[tuple[torch.Tensor, torch.Tensor]], share
 
 
 def train_pcsr(args: argparse.Namespace, crops: Crops, pairs: list) -> tuple[Upscaler, dict]:
-    """Phase 0: encoder and both heads on L1. Phase 1: light head and classifier, the rest frozen."""
+    """Phase 0: encoder and both heads. Phase 1: light head and classifier. Then all of them at the share met in use."""
     config = {
         "scale": args.scale,
         "encoder": "residual",
         "encoder_config": {"channels": 32, "blocks": 4},
-        "heavy": HEAVY.get(args.scale, [96, 96]),
-        "light": [64],
+        "heavy": HEAVY.get(args.scale, [112, 112]),
+        "light": [args.light],
         "classifier": [16],
     }
     model = PCSR(**config)
@@ -92,7 +93,16 @@ def train_pcsr(args: argparse.Namespace, crops: Crops, pairs: list) -> tuple[Ups
         checkpoint=args.work / f"pcsr-x{args.scale}-1.safetensors",
         evaluate=lambda m: {"set5 at 0.5": score(m, pairs, 0.5)},
     )
-    training = {"steps": [first["steps"], second["steps"]], "seconds": first["seconds"] + second["seconds"]}
+    third = fit(
+        model,
+        lambda _: model.budget_loss(*crops(8, 32), subpixels),
+        args.polish,
+        lr=args.lr / 2,
+        checkpoint=args.work / f"pcsr-x{args.scale}-2.safetensors",
+        evaluate=lambda m: {"set5": score(m, pairs), "set5 at 0.5": score(m, pairs, 0.5)},
+    )
+    phases = (first, second, third)
+    training = {"steps": [p["steps"] for p in phases], "seconds": sum(p["seconds"] for p in phases)}
     return model, {"config": config, "training": training | {"batch": 8, "crop": 32, "lr": args.lr}}
 
 
@@ -150,11 +160,25 @@ METHODS = {
 
 
 def start(model: torch.nn.Module, file: Path) -> None:
-    """Copy every weight that fits by name and shape (a network of another scale shares its encoder)."""
+    """Begin with the weights of another network, as far as names and dimensions agree.
+
+    A network of another scale shares its encoder. Of a narrower head, all units are taken over; the units that it lacks
+    keep their random input weights and get output weights of zero, so that the wider head begins as the same function.
+    """
     own = model.state_dict()
-    model.load_state_dict(
-        {k: v for k, v in load_file(file).items() if k in own and own[k].shape == v.shape}, strict=False
-    )
+    for key, value in load_file(file).items():
+        mine = own.get(key)
+        if (
+            mine is None
+            or mine.dim() != value.dim()
+            or any(a < b for a, b in zip(mine.shape, value.shape, strict=True))
+        ):
+            continue
+        if mine.dim() > 2 and mine.shape != value.shape:
+            continue
+        if mine.dim() == 2:
+            mine[: len(value), value.shape[1] :] = 0
+        mine[tuple(slice(n) for n in value.shape)] = value
 
 
 def main() -> None:
@@ -165,6 +189,8 @@ def main() -> None:
         "--data", type=Path, required=True, help=f"folder that holds {', '.join(TRAINING)}, set5, kodak12"
     )
     parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--light", type=int, default=64, help="hidden width of PCSR's light head")
+    parser.add_argument("--polish", type=int, default=1500, help="steps of PCSR's last phase")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--start", type=Path, help="weights to begin with, e.g. those of another scale")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -186,6 +212,10 @@ def main() -> None:
         for name in ("set5", "kodak12")
         if (args.data / name).is_dir()
     }
+    before = args.start and args.start.with_suffix(".json")
+    if before and before.exists():
+        card = json.loads(before.read_text())
+        description["training"]["started from"] = {"scale": card["scale"]} | card["training"]
     description |= {
         "parameters": sum(p.numel() for p in model.parameters()),
         "floor": round(model.floor, 3),

@@ -253,7 +253,7 @@ def test_a_killed_batch_goes_on_where_it_stopped(foveate, script):
         assert np.array_equal(pixels_of(Path("out", name)), expected[name])
 
 
-def wait_for(condition, process, seconds=60):
+def wait_for(condition, process, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "it ended before it could be killed"

@@ -47,7 +47,7 @@ def test_a_value_follows_the_equation():
 
 
 @given(st.integers(1, 3), st.integers(1, 3), SIDES, SIDES, st.sampled_from([2, 3, 5]), SEEDS)
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=25)
 def test_the_inverse_gives_the_input_back_for_all_orders_and_sizes(b, c, h, w, k, seed):
     weight, x = kernels(4, c, k, seed), noise(b, 4 * c, h, w, seed=seed)
     y = triangular_conv(x, weight, ALL)
@@ -57,7 +57,7 @@ def test_the_inverse_gives_the_input_back_for_all_orders_and_sizes(b, c, h, w, k
 
 
 @given(st.integers(1, 19), st.integers(1, 2), st.integers(1, 5), SIDES, SIDES, st.integers(1, 4), SEEDS)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 def test_compiled_and_plain_wavefront_and_raster_agree(b, g, c, h, w, k, seed):
     weight, y = kernels(g, c, k, seed), noise(b, g, c, h, w, seed=seed)
     expected = solve_reference(y, weight, raster)
@@ -68,7 +68,7 @@ def test_compiled_and_plain_wavefront_and_raster_agree(b, g, c, h, w, k, seed):
 
 def test_a_run_longer_than_the_lanes_of_the_compiled_loop():
     weight, y = kernels(1, 2, 3), noise(11, 1, 2, 40, 33)
-    assert 8 * 33 > ops._LANES
+    assert ops._LANES < 8 * 33
     torch.testing.assert_close(solve_compiled(y, weight), solve_reference(y, weight), atol=1e-5, rtol=1e-5)
 
 
@@ -123,15 +123,15 @@ def test_a_sweep_visits_every_pixel_once_after_those_it_needs(h, w, k):
 
 @pytest.mark.parametrize("path", ["fast", "reference"])
 def test_gradients_are_right_and_can_be_taken_twice(path):
-    weight, y = kernels(2, 2, 2, dtype=torch.float64), noise(2, 4, 3, 4, dtype=torch.float64)
+    weight, y = kernels(2, 2, 2, dtype=torch.float64), noise(1, 4, 2, 3, dtype=torch.float64)
     weight.requires_grad_()
     y.requires_grad_()
     orders = ("tr", "bl")
     with use(path):
         assert torch.autograd.gradcheck(lambda a, w: triangular_conv(a, w, orders), (y, weight))
         assert torch.autograd.gradcheck(lambda a, w: triangular_solve(a, w, orders), (y, weight))
-        small = noise(1, 2, 2, 2, dtype=torch.float64).requires_grad_()
-        kernel = kernels(1, 2, 2, dtype=torch.float64).requires_grad_()
+        small = noise(1, 1, 2, 2, dtype=torch.float64).requires_grad_()
+        kernel = kernels(1, 1, 2, dtype=torch.float64).requires_grad_()
         assert torch.autograd.gradgradcheck(triangular_solve, (small, kernel))
 
 
@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_refused_by_shape(call):
         call(torch.zeros(1, 5, 4, 4), weight, ("tl", "tr"))
     with pytest.raises(InputError, match=r"G = 1.*\(2, 3, 3, 3, 3\)"):
         call(torch.zeros(1, 6, 4, 4), weight, ("tl",))
-    with pytest.raises(InputError, match="'xx'.*tl, tr, bl, br"):
+    with pytest.raises(InputError, match=r"'xx'.*tl, tr, bl, br"):
         call(torch.zeros(1, 6, 4, 4), weight, ("tl", "xx"))
     with pytest.raises(InputError, match="no pixels"):
         call(torch.zeros(1, 6, 0, 4), weight, ("tl", "tr"))

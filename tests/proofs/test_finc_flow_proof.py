@@ -58,6 +58,7 @@ def test_the_evidence_carries_what_was_measured(monkeypatch, slower, holds):
     monkeypatch.setattr(finc_flow, "DENSE", {"quick": 8})
     monkeypatch.setattr(finc_flow, "sampling_race", lambda _: (race(None, 64), 1000))
     monkeypatch.setattr(finc_flow, "STEPS", {"quick": 1})
+    monkeypatch.setattr(finc_flow, "TEST_CROPS", 16)
     monkeypatch.setattr(finc_flow, "growth", lambda *_: None)
     monkeypatch.setattr(
         ProofContext, "photographs", lambda _: [("coffee", torch.rand(3, 9, 9)), ("a", torch.rand(3, 9, 9))]

@@ -383,7 +383,7 @@ BAD_ARGUMENTS = {
     "missing folder": ({"out": "absent/out.png"}, PictureError, "no folder"),
     "output is the input": ({"out": "in.png"}, PictureError, "being read"),
     "map in a missing folder": ({"map": "absent/map.png"}, PictureError, "no folder"),
-    "map of unknown extension": ({"map": "map.bmp"}, PictureError, "extension must be one of"),
+    "map of unknown extension": ({"map": "map.bmp"}, InputError, "ends in .png"),
     "map is the input": ({"map": "in.png"}, PictureError, "being read"),
     "map is the output": ({"map": "out.png"}, InputError, "out.png"),
     "unknown device": ({"device": "abacus"}, InputError, "abacus"),

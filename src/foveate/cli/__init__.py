@@ -6,6 +6,7 @@ Results go to the output stream (`--json` for machines), everything else to the 
 """
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -57,9 +58,20 @@ app.command()(demo)
 
 
 def main() -> None:
-    """Run the command line; an error that foveate raises on purpose is one line and exit code 2."""
+    """Run the command line; an error in what was asked is one line and exit code 2, a warning is one line too."""
+    warnings.showwarning = lambda message, *_, **__: typer.echo(f"foveate: {message}", err=True)
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except FoveateError as error:
         typer.echo(f"foveate: {error}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except Exception as error:
+        # typer brings its own copy of click, or uses the one installed; their usage errors have no common base.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        text = message() if type(error).__name__ == "NoArgsIsHelpError" else f"foveate: {message()}"
+        typer.echo(text, err=True)
         sys.exit(2)

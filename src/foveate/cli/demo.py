@@ -17,8 +17,8 @@ def demo(
 
     \b
     Examples:
-      foveate demo
-      foveate demo pictures/ --budget 0.7
+      foveate demo pictures/
+      foveate demo --budget 0.7
     """
     from PIL import Image
 

@@ -57,6 +57,8 @@ def upscale(
             f"upscale needs an input and an output, got only {str(paths[0])!r}; add where the result goes."
         )
     *sources, out = paths
+    if report is not None:
+        _check_report(report, [*sources, out])
     settings = {"scale": scale, "method": method, "budget": budget, "tile": tile, "device": device}
     if len(sources) == 1 and not sources[0].is_dir() and not (out.is_dir() or out.suffix == ""):
         _one(sources[0], out, map, report, quiet, settings)
@@ -104,11 +106,18 @@ def _many(
     suffix = None if format == "same" else f".{format.lower().lstrip('.')}"
     if suffix is not None and suffix not in WRITABLE:
         raise InputError(f"cannot write format {format!r}; use one of {', '.join(s[1:] for s in WRITABLE)}, or same.")
-    Budget.parse(settings["budget"])  # what is wrong for all of them is said once, before the first
-    network(settings["method"], settings["scale"])
+    # What is wrong for all of them is said once, before the first.
+    budget = Budget.parse(settings["budget"])
+    model = network(settings["method"], settings["scale"], settings["device"])
+    if budget.unit == "share":
+        model.check_share(budget.amount)
+    if settings["tile"] is not None and settings["tile"] < 1:
+        raise InputError(f"a tile has at least one pixel, got {settings['tile']}; leave it out for the default.")
     items = targets(list_pictures(sources, skip=out), suffix)
     if not items:
-        raise InputError(f"no pictures in {', '.join(map_ for map_ in sorted({str(s) for s in sources}))}.")
+        raise InputError(f"no pictures in {', '.join(sorted({str(s) for s in sources}))}.")
+    if map is not None:
+        _check_maps(map, out, items)
     worker = batch_worker(maps=(out, map) if map else None, **settings)
     kept = settings | {"format": format, "map": str(map)}
     summary = run(items, worker, out, jobs, kept, progress=not quiet and on_terminal(), resume=resume, engine=engine)
@@ -124,6 +133,19 @@ def _many(
         raise typer.Exit(130)
     if summary.failed:
         raise typer.Exit(2)
+
+
+def _check_report(report: Path, taken: list[Path]) -> None:
+    if not report.resolve().parent.is_dir() or report.is_dir():
+        raise InputError(f"the report {str(report)!r} needs a folder that is there; make it, or choose another place.")
+    if report.resolve() in {path.resolve() for path in taken}:
+        raise InputError(f"the report would overwrite {str(report)!r}; give it another name.")
+
+
+def _check_maps(maps: Path, out: Path, items: list[tuple[Path, Path]]) -> None:
+    sources = {source.resolve() for source, _ in items}
+    if maps.resolve() == out.resolve() or any((maps / t).with_suffix(".png").resolve() in sources for _, t in items):
+        raise InputError(f"maps in {str(maps)!r} would overwrite pictures; give them a folder of their own.")
 
 
 def _entry(entry: Any) -> dict[str, Any]:

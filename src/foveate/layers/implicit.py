@@ -100,7 +100,11 @@ class MLP(nn.Module):
             if combine is None:
                 return subpixel.two_layers(a, b, last.weight, last.bias)
             return subpixel.two_layers(a, b, combine @ last.weight, combine @ last.bias)
-        out = a[:, None] + b if len(self.linears) == 1 else self.rest(subpixel.hidden(a, b)).view(len(a), len(b), -1)
+        out = (
+            a[:, None] + b
+            if len(self.linears) == 1
+            else self.rest(subpixel.hidden(a, b)).unflatten(0, (len(a), len(b)))
+        )
         return out if combine is None else out @ combine.T
 
     def cost(self, pixels: int) -> tuple[float, float]:

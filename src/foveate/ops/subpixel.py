@@ -13,11 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.errors import InputError
 from foveate.ops import fast_allowed
 from foveate.ops.threads import in_parts
 
 _OUTPUTS = 4
 """Sums that the fast path of `two_layers` keeps in registers; more outputs take the reference."""
+
+
+def _check(*tensors: Tensor) -> None:
+    if any(t.dim() != 2 or t.shape[1] != tensors[0].shape[1] for t in tensors):
+        raise InputError(f"features, offsets and weights need one width, got {[tuple(t.shape) for t in tensors]}.")
 
 
 def _fast(*tensors: Tensor) -> bool:
@@ -33,6 +39,7 @@ def hidden(a: Tensor, b: Tensor, index: Tensor | None = None) -> Tensor:
 
     Shape: a [N, H], b [S, H], index [M] int64 -> [N * S, H] or [M, H].
     """
+    _check(a, b)
     if not _fast(a, b):
         return hidden_reference(a, b, index)
     m = len(a) * len(b) if index is None else len(index)
@@ -59,6 +66,9 @@ def two_layers(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Shape: a [N, H], b [S, H], weight [O, H], bias [O] -> [N, S, O].
     """
+    _check(a, b, weight)
+    if len(bias) != len(weight):
+        raise InputError(f"{len(weight)} outputs need as many biases, got {len(bias)}.")
     if not _fast(a, b, weight, bias) or len(weight) > _OUTPUTS:
         return two_layers_reference(a, b, weight, bias)
     n, s, o = len(a), len(b), len(weight)

@@ -7,6 +7,7 @@ Grey pictures go through the network as three equal channels; transparency is en
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,7 +98,12 @@ def network(method: str, scale: int, device: str = "cpu") -> Upscaler:
         raise InputError(
             f"{slug} enlarges by {', '.join(map(str, there[slug]))}, got scale {scale!r}; use one of these."
         )
-    return weights.load(slug, scale).to(device).to(memory_format=torch.channels_last)
+    model = weights.load(slug, scale).to(memory_format=torch.channels_last)
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {device!r} cannot be used on this machine ({reason}); use 'cpu'.") from error
 
 
 def upscale(
@@ -140,9 +146,9 @@ def upscale(
         raise InputError(f"a tile has at least one pixel, got {tile}; leave it out for the default.")
     model = method if isinstance(method, Upscaler) else network(method, _whole(scale), device)
     asked = Budget.parse(budget)
-    if map and not isinstance(map, bool):
-        check_target(map)
     picture = pictures.load(source)
+    if map and not isinstance(map, bool):
+        _check_map(Path(map), picture, out)
     height, width = picture.height, picture.width
     full = model.full_flops(height, width)
     share = asked.share_of(gflops=full / 1e9, **_milliseconds(asked, model, full))
@@ -197,9 +203,9 @@ def batch_worker(**settings: Any) -> Callable[[Path, Path], dict[str, Any]]:
 
 
 def _whole(scale: Any) -> int:
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or scale != int(scale) or scale < 1:
+    if isinstance(scale, bool) or not isinstance(scale, Real) or scale < 1 or not float(scale).is_integer():
         raise InputError(f"scale must be a whole number such as 2, 3 or 4, got {scale!r}.")
-    return int(scale)
+    return int(float(scale))
 
 
 def _milliseconds(asked: Budget, model: Upscaler, full: float) -> dict[str, float]:
@@ -248,6 +254,14 @@ def _alpha(picture: Picture, y0: int, y1: int, scale: int) -> Tensor:
     alpha = picture.window(above, below, 0, picture.width)[1]
     assert alpha is not None
     return enlarge(alpha, scale, "bicubic")[..., scale * (y0 - above) : scale * (y1 - above), :]
+
+
+def _check_map(place: Path, picture: Picture, out: str | Path | None) -> None:
+    if place.suffix.lower() != ".png":
+        raise InputError(f"a map is written as PNG, got {str(place)!r}; give it a name that ends in .png.")
+    check_target(place, picture.path)
+    if out is not None and place.resolve() == Path(out).resolve():
+        raise InputError(f"map and result are both to be {str(place)!r}; give the map another name.")
 
 
 def _draw(effort: Tensor, picture: Picture, place: bool | str | Path) -> Image.Image:

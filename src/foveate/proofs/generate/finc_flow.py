@@ -42,6 +42,7 @@ FLOW: dict[str, dict[str, int]] = {
 
 SMALL = {"channels": 1, "levels": 2, "steps": 4, "hidden": 32, "size": (8, 8)}
 STEPS = {"quick": 200, "full": 1500}
+TEST_CROPS = 4096
 HELD_OUT = ("coffee", "chelsea", "camera", "rocket")
 """Photographs that the flow is measured on and never sees in training."""
 
@@ -222,7 +223,7 @@ def bits_per_dim(context: ProofContext, units: bool) -> float:
         return flow.bits_per_dim(crops(seen, 64, dice), noise).mean()
 
     fit(flow, loss, STEPS[context.mode], lr=2e-3, log=lambda _: None)
-    test = crops(unseen, 4096, torch.Generator().manual_seed(context.seed + 1))
+    test = crops(unseen, TEST_CROPS, torch.Generator().manual_seed(context.seed + 1))
     with torch.no_grad():
         return float(flow.eval().bits_per_dim(test, context.generator()).mean())
 
