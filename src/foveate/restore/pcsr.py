@@ -59,8 +59,8 @@ class PCSR(Upscaler):
     Args:
         scale: integer enlargement s.
         encoder: "residual" (ours), "fsrcnn" or "carn" (the paper's), with `encoder_config` for its arguments.
-        heavy, light, classifier: hidden widths of the three MLPs. The defaults keep the floor near a third with the default
-            encoder: the fewer sub-pixels there are, the more the heavy head has to cost.
+        heavy, light, classifier: hidden widths of the three MLPs. By default the heavy head is the wider the fewer
+            sub-pixels there are, which keeps the floor near a third.
         refine: replace light pixels beside heavy ones by their 3x3 mean, which hides seams between the heads.
 
     Shape: [B, 3, h, w] in 0..1 -> [B, 3, s*h, s*w].
