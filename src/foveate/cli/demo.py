@@ -40,12 +40,13 @@ def demo(
     plain = psnr_y(pictures.load(bicubic).window(0, bicubic.height, 0, bicubic.width)[0], original, border=4).item()
     panels.append((f"bicubic, {plain:.2f} dB", bicubic))
     for share in ("1", budget):
-        image, report, drawn = upscale(small, scale=4, budget=share, map=folder / f"where-{share}.png")
+        image, report = upscale(small, scale=4, budget=share, map=folder / f"where-{share}.png")
         quality = psnr_y(image, original, border=4).item()
         path = pictures.save(folder / f"enlarged-{share}.png", image)
         typer.echo(f"  budget {share}: {quality:.2f} dB; {report}")
         with Image.open(path) as opened:
             panels.append((f"budget {share}, {quality:.2f} dB", opened.convert("RGB")))
+        drawn = report.map
     assert drawn is not None
     panels.append((f"where budget {budget} went", drawn.resize(bicubic.size, Image.Resampling.NEAREST)))
     panels.append(("original", pictures_to_image(original)))

@@ -16,7 +16,7 @@ def upscale(
         list[Path],
         typer.Argument(metavar="INPUT... OUTPUT", help="Pictures or folders, and last where the result goes."),
     ],
-    scale: Annotated[int, typer.Option("--scale", "-s", help="Enlargement: 2, 3 or 4.")] = 4,
+    scale: Annotated[float, typer.Option("--scale", "-s", help="Enlargement: 2, 3 or 4.")] = 4,
     budget: Annotated[
         str, typer.Option("--budget", "-b", help="What to spend: a share (0.5, 50%), or '20 GFLOPs', '300 ms'.")
     ] = "1",
@@ -99,7 +99,7 @@ def _many(
     from foveate.batch.run import run, targets
     from foveate.data.pictures import WRITABLE, list_pictures
     from foveate.engine.budget import Budget
-    from foveate.restore.upscale import batch_worker, network
+    from foveate.restore.upscale import batch_worker, network, whole_scale
 
     if out.exists() and not out.is_dir():
         raise InputError(f"several pictures go into a folder, but {str(out)!r} is a file; name a folder.")
@@ -108,7 +108,7 @@ def _many(
         raise InputError(f"cannot write format {format!r}; use one of {', '.join(s[1:] for s in WRITABLE)}, or same.")
     # What is wrong for all of them is said once, before the first.
     budget = Budget.parse(settings["budget"])
-    model = network(settings["method"], settings["scale"], settings["device"])
+    model = network(settings["method"], whole_scale(settings["scale"]), settings["device"])
     if budget.unit == "share":
         model.check_share(budget.amount)
     if settings["tile"] is not None and settings["tile"] < 1:

@@ -122,10 +122,11 @@ class PCSR(Upscaler):
                 total += first + s2 * rest
         return total
 
-    def _score_flops(self) -> float:
-        """FLOPs per low-resolution pixel of encoder and classifier."""
+    def _deciding_flops(self, height: int, width: int) -> float:
+        """FLOPs of encoder and classifier on the windows that a threshold is found from."""
         first, rest = self.classifier.cost(self.scale**2)
-        return self._encoder_flops() + first + self.scale**2 * rest
+        pixels = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in probed(height, width))
+        return pixels * (self._encoder_flops() + first + self.scale**2 * rest)
 
     def _flops_per_pixel(self) -> float:
         return self.cost(1.0)
@@ -276,11 +277,8 @@ class PCSR(Upscaler):
         whole = len(rows) == 1 and height * width <= STRIP_PIXELS
         threshold, deciding = None, 0.0
         if not whole and self.heavy_share(share) < 1:
-            boxes = probed(height, width)
-            deciding = sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes) * self._score_flops()
-            if len(boxes) > 1:  # a large picture pays for its windows; a small one cut by hand is not to depend on that
-                share = max(self.floor, share - deciding / self.full_flops(height, width))
             threshold = self.decide(read, height, width, share)
+            deciding = self._deciding_flops(height, width)
         for y0, y1 in rows:
             strip = self._strip(read, height, width, y0, y1, share, threshold, tile or TILE)
             strip.flops, deciding = strip.flops + deciding, 0.0
@@ -332,7 +330,12 @@ class PCSR(Upscaler):
         It rests on all of a picture of up to STRIP_PIXELS, and on 8 x 8 windows spread evenly over a larger one, so it
         does not depend on how the picture is cut.
         """
-        rows = torch.cat([self._features(read, height, width, box) for box in probed(height, width)])
+        boxes = probed(height, width)
+        rows = torch.cat([self._features(read, height, width, box) for box in boxes])
+        if (
+            len(boxes) > 1
+        ):  # a large picture pays for its windows; a small one that is cut by hand gives the same as whole
+            share = max(self.floor, share - self._deciding_flops(height, width) / self.full_flops(height, width))
         score = torch.cat([self.scores(chunk) for chunk in rows.split(CHUNK)])
         return self._threshold(score, self.heavy_share(share))
 

@@ -5,7 +5,7 @@ Grey pictures go through the network as three equal channels; transparency is en
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from numbers import Real
 from pathlib import Path
@@ -45,6 +45,7 @@ class Report:
         seconds: wall time from decoded input to the written result.
         peak_bytes: memory needed on top of what was held before; None where the system does not tell.
         decisions: what was chosen and how often, as shares: {"heavy": 0.2} of pixels, {"exit 1": 0.4, ...} of patches.
+        map: picture of where the compute went, where one was asked for.
     """
 
     method: str
@@ -58,10 +59,13 @@ class Report:
     seconds: float
     peak_bytes: int | None
     decisions: dict[str, float]
+    map: Image.Image | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
-        return asdict(self)
+        """As JSON can hold it: everything but the map."""
+        values = asdict(replace(self, map=None))
+        del values["map"]
+        return values
 
     def __str__(self) -> str:
         spent = f"{self.flops / 1e9:.1f} of {self.full_flops / 1e9:.1f} GFLOPs ({self.share:.0%})"
@@ -70,11 +74,10 @@ class Report:
 
 
 class Result(NamedTuple):
-    """An enlarged picture (or the path it was written to), what it cost, and the map of where the compute went."""
+    """An enlarged picture (or the path it was written to), and what it cost."""
 
     image: Any
     report: Report
-    map: Image.Image | None = None
 
 
 def methods() -> dict[str, list[int]]:
@@ -132,19 +135,19 @@ def upscale(
         device: where to compute, e.g. "cuda".
         progress: called with the rows done and all rows.
 
-    Returns: (image, report, map): image is of the source's kind, a Pillow image for a path, or the path written.
+    Returns: (image, report): image is of the source's kind, a Pillow image for a path, or the path written.
 
     Raises: PictureError for a picture that cannot be read or written; BudgetError for a budget the method cannot meet,
         naming its floor; InputError for anything else that does not fit. Nothing is left half-written.
 
     >>> import numpy as np
-    >>> image, report = upscale(np.zeros((5, 7, 3), np.uint8), scale=2, method="espcn")[:2]
+    >>> image, report = upscale(np.zeros((5, 7, 3), np.uint8), scale=2, method="espcn")
     >>> image.shape
     (10, 14, 3)
     """
     if tile is not None and tile < 1:
         raise InputError(f"a tile has at least one pixel, got {tile}; leave it out for the default.")
-    model = method if isinstance(method, Upscaler) else network(method, _whole(scale), device)
+    model = method if isinstance(method, Upscaler) else network(method, whole_scale(scale), device)
     asked = Budget.parse(budget)
     picture = pictures.load(source)
     if map and not isinstance(map, bool):
@@ -178,8 +181,9 @@ def upscale(
         seconds=done["seconds"],
         peak_bytes=peak,
         decisions=model.shares_of(spent.counts),
+        map=drawn,
     )
-    return Result(done["image"], report, drawn)
+    return Result(done["image"], report)
 
 
 def upscale_file(
@@ -202,7 +206,8 @@ def batch_worker(**settings: Any) -> Callable[[Path, Path], dict[str, Any]]:
     return partial(upscale_file, **settings)
 
 
-def _whole(scale: Any) -> int:
+def whole_scale(scale: Any) -> int:
+    """The scale as an integer. Raises: InputError when it is none, or below 1."""
     if isinstance(scale, bool) or not isinstance(scale, Real) or scale < 1 or not float(scale).is_integer():
         raise InputError(f"scale must be a whole number such as 2, 3 or 4, got {scale!r}.")
     return int(float(scale))
