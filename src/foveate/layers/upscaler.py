@@ -21,7 +21,7 @@ from foveate.errors import BudgetError, InputError
 Read = Callable[[int, int, int, int], Tensor]
 """read(x0, y0, x1, y1) -> [1, 3, y1 - y0, x1 - x0], values in 0..1."""
 
-TILE = 192
+TILE = 320
 """Side of the windows that networks are run on, in low-resolution pixels: a few MB of features stay in cache."""
 
 STRIP_PIXELS = 1 << 20

@@ -37,7 +37,7 @@ from foveate.layers.implicit import MLP, subpixel_offsets
 from foveate.layers.upscaler import STRIP_PIXELS, TILE, Read, Rendered, Upscaler, enlarge, strip_rows, with_halo
 from foveate.ops import subpixel
 
-SAMPLES = 1 << 18
+SAMPLES = 1 << 16
 """Scores that a threshold is computed from, at most."""
 
 PROBE = 64
@@ -46,11 +46,14 @@ PROBE = 64
 HEAVY = {1: [192] * 4, 2: [160, 160, 160], 3: [152, 152]}
 """Hidden widths of the heavy head by scale."""
 
-CHUNK = 2048
+CHUNK = 4096
 """Low-resolution pixels per step of the heads."""
 
 HEAVY_ROWS = 4096
 """Output pixels per step of the heavy head."""
+
+HEAD_PIXELS = 1 << 16
+"""Low-resolution pixels per strip of output: small enough that the system hands the same memory out again."""
 
 
 class PCSR(Upscaler):
@@ -223,34 +226,36 @@ class PCSR(Upscaler):
 
     def scores(self, rows: Tensor) -> Tensor:
         """d = log p_1 - log p_0 at every sub-pixel. Shape: features [N, C] -> [N, s*s]."""
-        return self.classifier.everywhere(rows, self.offsets(), torch.tensor([[-1.0, 1.0]]).to(rows))[..., 0]
+        offsets, difference = self.offsets(), rows.new_tensor([[-1.0, 1.0]])
+        return torch.cat([self.classifier.everywhere(c, offsets, difference)[..., 0] for c in rows.split(CHUNK)])
 
-    def colours(self, rows: Tensor, threshold: float | None, share: float = 1.0) -> tuple[Tensor, Tensor]:
+    def colours(
+        self, rows: Tensor, threshold: float | None, share: float = 1.0, score: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Colour every output pixel with the head it deserves.
 
         Args:
             rows: features [N, C].
             threshold: a pixel is heavy where its score is above; None: found from the scores to meet `share`.
+            share: of the full cost; 1 without a threshold runs the heavy head everywhere and nothing else.
+            score: the scores of `rows`, where they are known.
 
         Returns: (colours [N, s*s, 3], heavy [N, s*s] bool).
         """
         offsets = self.offsets()
         s2 = len(offsets)
-        heavy_share = self.heavy_share(share)
         out = rows.new_empty(len(rows), s2, 3)
-        if threshold is None and heavy_share >= 1:
+        if threshold is None and self.heavy_share(share) >= 1:
             for chunk, target in zip(rows.split(HEAVY_ROWS // s2), out.split(HEAVY_ROWS // s2), strict=True):
                 target.copy_(self.heavy.everywhere(chunk, offsets))
             return out, torch.ones(len(rows), s2, dtype=torch.bool, device=rows.device)
 
-        score = rows.new_empty(len(rows), s2)
-        for chunk, target, d in zip(rows.split(CHUNK), out.split(CHUNK), score.split(CHUNK), strict=True):
-            target.copy_(self.light.everywhere(chunk, offsets))
-            d.copy_(self.scores(chunk))
+        score = self.scores(rows) if score is None else score
         if threshold is None:
-            threshold = self._threshold(score, heavy_share)
+            threshold = self._threshold(score, self.heavy_share(share))
         flags = score > threshold
         for chunk, target, flag in zip(rows.split(CHUNK), out.split(CHUNK), flags.split(CHUNK), strict=True):
+            target.copy_(self.light.everywhere(chunk, offsets))
             per_feature, per_offset = self.heavy.split(chunk, offsets)
             flat = target.view(-1, 3)
             for index in flag.view(-1).nonzero()[:, 0].split(HEAVY_ROWS):
@@ -273,16 +278,23 @@ class PCSR(Upscaler):
     ) -> Iterator[Rendered]:
         """See `Upscaler.strips`. The heavy share is exact where the picture is one strip, else very nearly."""
         self.check_share(share)
-        rows = strip_rows(height, width, tile)
-        whole = len(rows) == 1 and height * width <= STRIP_PIXELS
+        bounds, edge = strip_rows(height, width, tile), int(self.refine)  # the refinement looks one row further
+        whole = len(bounds) == 1 and height * width <= STRIP_PIXELS
+        dense = self.heavy_share(share) >= 1
         threshold, deciding = None, 0.0
-        if not whole and self.heavy_share(share) < 1:
+        if not whole and not dense:
             threshold = self.decide(read, height, width, share)
             deciding = self._deciding_flops(height, width)
-        for y0, y1 in rows:
-            strip = self._strip(read, height, width, y0, y1, share, threshold, tile or TILE)
-            strip.flops, deciding = strip.flops + deciding, 0.0
-            yield strip
+        for y0, y1 in bounds:
+            first = max(0, y0 - edge)
+            rows = self._features(read, height, width, (0, first, width, min(height, y1 + edge)), tile or TILE)
+            score = None if dense else self.scores(rows)
+            if whole and score is not None:
+                threshold = self._threshold(score, self.heavy_share(share))
+            for top, bottom in strip_rows(y1 - y0, width, max(1, HEAD_PIXELS // width)):
+                part = self._render(read, height, width, y0 + top, y0 + bottom, first, rows, score, threshold, share)
+                part.flops, deciding = part.flops + deciding, 0.0
+                yield part
 
     def _features(self, read: Read, height: int, width: int, box: Box, tile: int = TILE) -> Tensor:
         """Features of a box as [rows * columns, C], computed tile by tile with their context."""
@@ -295,14 +307,24 @@ class PCSR(Upscaler):
             out[y0:y1, x0:x1] = features[0, :, dy : dy + y1 - y0, dx : dx + x1 - x0].permute(1, 2, 0)
         return out.flatten(0, 1)
 
-    def _strip(
-        self, read: Read, height: int, width: int, y0: int, y1: int, share: float, threshold: float | None, tile: int
+    def _render(
+        self,
+        read: Read,
+        height: int,
+        width: int,
+        y0: int,
+        y1: int,
+        first: int,
+        rows: Tensor,
+        score: Tensor | None,
+        threshold: float | None,
+        share: float,
     ) -> Rendered:
-        s = self.scale
-        edge = 1 if self.refine else 0  # the refinement looks one output pixel further
+        """Rows y0 to y1 of the picture, from the features (and scores) of rows `first` and on."""
+        s, edge = self.scale, int(self.refine)
         a, b = max(0, y0 - edge), min(height, y1 + edge)
-        rows = self._features(read, height, width, (0, a, width, b), tile)
-        colours, flags = self.colours(rows, threshold, share)
+        part = slice((a - first) * width, (b - first) * width)
+        colours, flags = self.colours(rows[part], threshold, share, None if score is None else score[part])
         x, _, above = with_halo(read, height, width, (0, a, width, b), 1)  # bilinear enlargement looks one further
         base = enlarge(x.contiguous(memory_format=torch.channels_last), s)[..., s * above : s * (above + b - a), :]
         image = self._assemble(colours, base)
@@ -336,8 +358,7 @@ class PCSR(Upscaler):
             len(boxes) > 1
         ):  # a large picture pays for its windows; a small one that is cut by hand gives the same as whole
             share = max(self.floor, share - self._deciding_flops(height, width) / self.full_flops(height, width))
-        score = torch.cat([self.scores(chunk) for chunk in rows.split(CHUNK)])
-        return self._threshold(score, self.heavy_share(share))
+        return self._threshold(self.scores(rows), self.heavy_share(share))
 
     # ------------------------------------------------------------------ official weights
 
