@@ -31,7 +31,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         inputs, outputs = Path(name) / "in", Path(name) / "out"
         inputs.mkdir()
-        photographs = [np.uint8(x.permute(1, 2, 0).mul(255).numpy()) for x in samples().values()]
+        large = [x for x in samples().values() if min(x.shape[1:]) > 200]
+        photographs = [np.uint8(x.permute(1, 2, 0).mul(255).numpy()) for x in large]
         for i in range(args.pictures):
             picture = photographs[i % len(photographs)]
             y, x = rng.randrange(0, picture.shape[0] - 200), rng.randrange(0, picture.shape[1] - 200)
