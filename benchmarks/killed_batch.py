@@ -19,6 +19,11 @@ from foveate import upscale
 from foveate.data.pictures import samples
 
 
+def finished(folder: Path) -> int:
+    """Pictures that lie complete in a folder."""
+    return len(list(folder.glob("*.png")))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=40)
@@ -41,13 +46,16 @@ def main() -> None:
         command += ["--scale", "2", "--method", args.method, "--jobs", "2"]
         for kill in range(args.kills):
             process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-            wait = rng.uniform(4, 9)
-            time.sleep(wait)
+            before, started = finished(outputs), time.monotonic()
+            while finished(outputs) == before and process.poll() is None:
+                time.sleep(0.05)  # starting takes seconds; what matters is to be killed at work
+            time.sleep(rng.uniform(0, 2))
+            wait = time.monotonic() - started
             alive = process.poll() is None
             process.send_signal(signal.SIGKILL)
             process.wait()
-            done = len(list(outputs.glob("*.png"))) if outputs.exists() else 0
-            print(f"kill {kill + 1} after {wait:.1f} s ({'running' if alive else 'ended'}): {done} files", flush=True)
+            state = "running" if alive else "ended"
+            print(f"kill {kill + 1} after {wait:.1f} s ({state}): {finished(outputs)} files", flush=True)
         last = subprocess.run(command, capture_output=True, text=True, check=False)
         print(last.stderr.strip().splitlines()[-1], f"(exit code {last.returncode})")
         wrong = 0
