@@ -105,16 +105,16 @@ def run(
     failed: list[Failure] = []
     with Journal(out, settings or {}) as journal:
         remove_partials(out)
-        todo = [item for item in items if not (resume and journal.is_done(*item))]
-        journal.plan(todo)
-        for folder in {(out / target).parent for _, target in todo}:
+        pending = [item for item in items if not (resume and journal.is_done(*item))]
+        journal.plan(pending)
+        for folder in {(out / target).parent for _, target in pending}:
             folder.mkdir(parents=True, exist_ok=True)
-        tasks = [(source, out / target) for source, target in todo]
+        tasks = [(source, out / target) for source, target in pending]
         with _bar(progress) as bar, closing(start(tasks, worker, jobs)) as outcomes:
-            line = bar.add_task("", total=len(items), completed=len(items) - len(todo))
+            line = bar.add_task("", total=len(items), completed=len(items) - len(pending))
             try:
                 for index, outcome in outcomes:
-                    source, target = todo[index]
+                    source, target = pending[index]
                     if outcome.message is None:
                         journal.done(target, outcome.report or {})
                         done += 1
@@ -125,7 +125,7 @@ def run(
             except KeyboardInterrupt:
                 interrupted = True
         remove_partials(out)
-    return Summary(done, len(items) - len(todo), tuple(failed), interrupted, time.monotonic() - began)
+    return Summary(done, len(items) - len(pending), tuple(failed), interrupted, time.monotonic() - began)
 
 
 def _engine(name: str, jobs: int) -> Engine:
