@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,7 +100,7 @@ def _many(
     from foveate.batch.run import run, targets
     from foveate.data.pictures import WRITABLE, list_pictures
     from foveate.engine.budget import Budget
-    from foveate.restore.upscale import batch_worker, network, whole_scale
+    from foveate.restore.upscale import network, upscale_file, whole_scale
 
     if out.exists() and not out.is_dir():
         raise InputError(f"several pictures go into a folder, but {str(out)!r} is a file; name a folder.")
@@ -118,7 +119,7 @@ def _many(
         raise InputError(f"no pictures in {', '.join(sorted({str(s) for s in sources}))}.")
     if map is not None:
         _check_maps(map, out, items)
-    worker = batch_worker(maps=(out, map) if map else None, **settings)
+    worker = partial(upscale_file, maps=(out, map) if map else None, **settings)
     kept = settings | {"format": format, "map": str(map)}
     summary = run(items, worker, out, jobs, kept, progress=not quiet and on_terminal(), resume=resume, engine=engine)
     for failure in summary.failed:

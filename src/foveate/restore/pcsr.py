@@ -354,9 +354,8 @@ class PCSR(Upscaler):
         """
         boxes = probed(height, width)
         rows = torch.cat([self._features(read, height, width, box) for box in boxes])
-        if (
-            len(boxes) > 1
-        ):  # a large picture pays for its windows; a small one that is cut by hand gives the same as whole
+        if len(boxes) > 1:
+            # A large picture pays for its windows; a small one that is cut by hand gives the same as whole.
             share = max(self.floor, share - self._deciding_flops(height, width) / self.full_flops(height, width))
         return self._threshold(self.scores(rows), self.heavy_share(share))
 

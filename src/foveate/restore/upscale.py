@@ -6,7 +6,7 @@ Grey pictures go through the network as three equal channels; transparency is en
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,11 +199,6 @@ def upscale_file(
         place = (maps[1] / target.relative_to(maps[0])).with_suffix(".png")
         place.parent.mkdir(parents=True, exist_ok=True)
     return upscale(source, target, map=place, **settings).report.to_dict()
-
-
-def batch_worker(**settings: Any) -> Callable[[Path, Path], dict[str, Any]]:
-    """`upscale_file` with its settings, fit to travel to other processes."""
-    return partial(upscale_file, **settings)
 
 
 def whole_scale(scale: Any) -> int:
