@@ -107,22 +107,37 @@ def train_pcsr(args: argparse.Namespace, crops: Crops, pairs: list) -> tuple[Ups
 
 
 def train_ape(args: argparse.Namespace, crops: Crops, pairs: list) -> tuple[Upscaler, dict]:
-    """All exits and the regressor together on patches of the size that is met at inference; then the calibration."""
+    """Stage 1: the backbone alone, so that depth pays. Stage 2: all exits and the regressor. Then the calibration."""
     config = {"scale": args.scale, "channels": 32, "blocks": 8, "interval": 1}
     model = APE(**config).to(memory_format=torch.channels_last)
     if args.start:
         start(model, args.start)
-    done = fit(
+
+    def last_exit(_: int) -> torch.Tensor:
+        low, high = crops(4, model.patch)
+        return (model(low) - high).abs().mean()
+
+    checkpoint = str(args.work / f"{model.slug}-x{args.scale}-{{}}.safetensors")
+    first = fit(
         model,
-        lambda _: model.loss(*crops(4, model.patch)),
+        last_exit,
         args.steps,
         lr=args.lr,
+        parameters=[*model.head.parameters(), *model.body.parameters(), *model.tail.parameters()],
+        checkpoint=Path(checkpoint.format(0)),
+        evaluate=lambda m: {"set5": score(m, pairs)},
+    )
+    second = fit(
+        model,
+        lambda _: model.loss(*crops(4, model.patch)),
+        args.polish,
+        lr=args.lr / 2,
         clip=1e6,
-        checkpoint=args.work / f"{model.slug}-x{args.scale}.safetensors",
+        checkpoint=Path(checkpoint.format(1)),
         evaluate=lambda m: {"set5": score(m, pairs)},
     )
     model.calibrate(crops(256, model.patch)[0])
-    training = {k: done[k] for k in ("steps", "seconds")}
+    training = {"steps": [first["steps"], second["steps"]], "seconds": first["seconds"] + second["seconds"]}
     return model, {"config": config, "training": training | {"batch": 4, "crop": model.patch, "lr": args.lr}}
 
 
@@ -190,7 +205,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--light", type=int, default=64, help="hidden width of PCSR's light head")
-    parser.add_argument("--polish", type=int, default=1500, help="steps of PCSR's last phase")
+    parser.add_argument("--polish", type=int, default=1500, help="steps of the last phase of PCSR (all parts at the share met in use) or APE (all exits)")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--start", type=Path, help="weights to begin with, e.g. those of another scale")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
