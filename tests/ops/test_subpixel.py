@@ -144,6 +144,18 @@ def test_no_features_give_no_values(taken):
     assert taken == []
 
 
+@pytest.mark.parametrize("outputs", [2, 6])
+def test_results_can_be_written_to_memory_of_the_caller(outputs):
+    (a, b), (weight, bias) = terms(7, 4, 6), layer(outputs, 6)
+    out = torch.full((7, 4, outputs), torch.nan)
+    with torch.no_grad():
+        assert subpixel.two_layers(a, b, weight, bias, out) is out
+        assert torch.equal(out, subpixel.two_layers(a, b, weight, bias))
+        for wrong in (out[:6], out.double(), out.transpose(0, 1).contiguous().transpose(0, 1)):
+            with pytest.raises(ValueError, match="out needs shape"):
+                subpixel.two_layers(a, b, weight, bias, wrong)
+
+
 def test_a_value_that_is_not_a_number_stays_one():
     a, b = torch.tensor([[float("nan"), 1.0]]), torch.zeros(2, 2)
     with torch.no_grad():

@@ -140,8 +140,10 @@ def threshold_for(scores: Tensor, share: float) -> float:
     k = math.floor(share * n + 1e-6)  # 0.29 * 100 is a little less than 29
     if k >= n:
         return -math.inf
-    below = flat.kthvalue(n - k).values
-    above = flat[flat > below]
+    wide = flat.float() if flat.dtype == torch.bfloat16 else flat  # NumPy has none
+    ordered = torch.from_numpy(np.partition(wide.numpy(force=True), n - k - 1))
+    below, above = ordered[n - k - 1], ordered[n - k :]
+    above = above[above > below]
     if above.numel() == 0:
         return math.inf
     lowest_above = above.min()

@@ -76,7 +76,10 @@ class MLP(nn.Module):
         """The two terms of the first layer: per feature [N, C] -> [N, H], per offset [S, 4] -> [S, H]."""
         first = self.linears[0]
         c = features.shape[1]
-        return features @ first.weight[:, :c].T, torch.addmm(first.bias, offsets, first.weight[:, c:].T)
+        weight = first.weight[:, :c]
+        # One hidden layer is summed over by `subpixel.two_layers`, which wants its values column by column.
+        per_feature = (weight @ features.T).T if len(self.linears) == 2 else features @ weight.T
+        return per_feature, torch.addmm(first.bias, offsets, first.weight[:, c:].T)
 
     def rest(self, hidden: Tensor) -> Tensor:
         """All that follows the first ReLU. Shape: [M, H] -> [M, outputs]."""
@@ -86,26 +89,28 @@ class MLP(nn.Module):
             hidden = hidden if i == last else relu_(hidden)
         return hidden
 
-    def everywhere(self, features: Tensor, offsets: Tensor, combine: Tensor | None = None) -> Tensor:
+    def everywhere(
+        self, features: Tensor, offsets: Tensor, combine: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """The output at all S sub-pixels of each feature.
 
         Args:
             combine: [K, outputs], linear combinations to return in place of the outputs; folded into the last layer.
+            out: where to write it; needs no gradient.
 
         Shape: [N, C], [S, 4] -> [N, S, outputs or K].
         """
         a, b = self.split(features, offsets)
         if len(self.linears) == 2:
             last = self.linears[1]
-            if combine is None:
-                return subpixel.two_layers(a, b, last.weight, last.bias)
-            return subpixel.two_layers(a, b, combine @ last.weight, combine @ last.bias)
-        out = (
-            a[:, None] + b
-            if len(self.linears) == 1
-            else self.rest(subpixel.hidden(a, b)).unflatten(0, (len(a), len(b)))
-        )
-        return out if combine is None else out @ combine.T
+            weight, bias = (last.weight, last.bias) if combine is None else (combine @ last.weight, combine @ last.bias)
+            return subpixel.two_layers(a, b, weight, bias, out)
+        if len(self.linears) == 1:
+            values = a[:, None] + b
+        else:
+            values = self.rest(subpixel.hidden(a, b)).unflatten(0, (len(a), len(b)))
+        values = values if combine is None else values @ combine.T
+        return values if out is None else out.copy_(values)
 
     def cost(self, pixels: int) -> tuple[float, float]:
         """FLOPs of the first layer per feature and of the rest per output pixel."""

@@ -140,6 +140,8 @@ class Upscaler(nn.Module, PyTorchModelHubMixin):
             for one in x:
                 read = window_reader(one[None])
                 pictures.append(gather_strips(list(self.strips(read, x.shape[2], x.shape[3], share, tile))))
+        if len(pictures) == 1:
+            return pictures[0]
         return Rendered(
             torch.cat([p.image for p in pictures]),
             torch.cat([p.effort for p in pictures]),

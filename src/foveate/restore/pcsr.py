@@ -23,7 +23,7 @@ for it, in chunks that stay in cache.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from foveate.layers.encoders import ENCODERS
 from foveate.layers.implicit import MLP, subpixel_offsets
 from foveate.layers.upscaler import STRIP_PIXELS, TILE, Read, Rendered, Upscaler, enlarge, strip_rows, with_halo
 from foveate.ops import subpixel
+from foveate.ops.threads import each
 
 SAMPLES = 1 << 16
 """Scores that a threshold is computed from, at most."""
@@ -227,7 +228,13 @@ class PCSR(Upscaler):
     def scores(self, rows: Tensor) -> Tensor:
         """d = log p_1 - log p_0 at every sub-pixel. Shape: features [N, C] -> [N, s*s]."""
         offsets, difference = self.offsets(), rows.new_tensor([[-1.0, 1.0]])
-        return torch.cat([self.classifier.everywhere(c, offsets, difference)[..., 0] for c in rows.split(CHUNK)])
+        out = rows.new_empty(len(rows), len(offsets), 1)
+
+        def score(chunk: Tensor, target: Tensor) -> None:
+            self.classifier.everywhere(chunk, offsets, difference, target)
+
+        each_chunk(score, CHUNK, rows, out)
+        return out[..., 0]
 
     def colours(
         self, rows: Tensor, threshold: float | None, share: float = 1.0, score: Tensor | None = None
@@ -245,21 +252,26 @@ class PCSR(Upscaler):
         offsets = self.offsets()
         s2 = len(offsets)
         out = rows.new_empty(len(rows), s2, 3)
-        if threshold is None and self.heavy_share(share) >= 1:
-            for chunk, target in zip(rows.split(HEAVY_ROWS // s2), out.split(HEAVY_ROWS // s2), strict=True):
-                target.copy_(self.heavy.everywhere(chunk, offsets))
-            return out, torch.ones(len(rows), s2, dtype=torch.bool, device=rows.device)
 
-        score = self.scores(rows) if score is None else score
-        if threshold is None:
-            threshold = self._threshold(score, self.heavy_share(share))
-        flags = score > threshold
-        for chunk, target, flag in zip(rows.split(CHUNK), out.split(CHUNK), flags.split(CHUNK), strict=True):
-            target.copy_(self.light.everywhere(chunk, offsets))
+        def all_heavy(chunk: Tensor, target: Tensor) -> None:
+            for features, colours in zip(chunk.split(HEAVY_ROWS // s2), target.split(HEAVY_ROWS // s2), strict=True):
+                self.heavy.everywhere(features, offsets, out=colours)
+
+        def mixed(chunk: Tensor, target: Tensor, flag: Tensor) -> None:
+            self.light.everywhere(chunk, offsets, out=target)
             per_feature, per_offset = self.heavy.split(chunk, offsets)
             flat = target.view(-1, 3)
             for index in flag.view(-1).nonzero()[:, 0].split(HEAVY_ROWS):
                 flat.index_copy_(0, index, self.heavy.rest(subpixel.hidden(per_feature, per_offset, index)))
+
+        if threshold is None and self.heavy_share(share) >= 1:
+            each_chunk(all_heavy, CHUNK, rows, out)
+            return out, torch.ones(len(rows), s2, dtype=torch.bool, device=rows.device)
+        score = self.scores(rows) if score is None else score
+        if threshold is None:
+            threshold = self._threshold(score, self.heavy_share(share))
+        flags = score > threshold
+        each_chunk(mixed, CHUNK, rows, out, flags)
         return out, flags
 
     @staticmethod
@@ -404,6 +416,16 @@ class PCSR(Upscaler):
         except RuntimeError as error:
             raise WeightsError(f"the checkpoint does not fit a {kind} PCSR: {error}") from error
         return model.eval()
+
+
+def each_chunk(fn: Callable[..., None], size: int, *tensors: Tensor) -> None:
+    """Call fn on chunks of `size` rows of all tensors, several at once on a CPU."""
+    chunks = list(zip(*(t.split(size) for t in tensors), strict=True))
+    if tensors[0].device.type == "cpu":
+        each(lambda parts: fn(*parts), chunks)
+    else:
+        for parts in chunks:
+            fn(*parts)
 
 
 def probed(height: int, width: int) -> list[Box]:
