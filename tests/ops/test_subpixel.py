@@ -144,6 +144,30 @@ def test_no_features_give_no_values(taken):
     assert taken == []
 
 
+@given(SIDES, st.integers(1, 33), st.integers(1, 6), SEEDS)
+@settings(deadline=None, max_examples=40)
+def test_a_last_layer_writes_its_rows_where_they_belong(m, h, outputs, seed):
+    x = terms(m, 1, h, seed)[0]
+    weight, bias = layer(outputs, h, seed)
+    index = torch.randperm(2 * m, generator=torch.Generator().manual_seed(seed))[:m]
+    out = torch.full((2 * m, outputs), torch.nan)
+    expected = x.relu().double() @ weight.double().T + bias.double()
+    with torch.no_grad():
+        torch.testing.assert_close(subpixel.last_layer(x, weight, bias).double(), expected, atol=1e-5, rtol=1e-5)
+        assert subpixel.last_layer(x, weight, bias, out, index) is out
+        assert torch.equal(out[index], subpixel.last_layer(x, weight, bias))
+        assert int(out.isnan().all(1).sum()) == m
+        with use("reference"):
+            torch.testing.assert_close(out[index], subpixel.last_layer(x, weight, bias), atol=1e-5, rtol=1e-5)
+
+
+def test_a_last_layer_refuses_places_that_do_not_fit():
+    x, (weight, bias) = torch.randn(5, 4), layer(3, 4)
+    for out, index in ((torch.empty(4, 3), None), (torch.empty(5, 2), None), (None, torch.arange(5))):
+        with pytest.raises(ValueError, match="need"):
+            subpixel.last_layer(x, weight, bias, out, index)
+
+
 @pytest.mark.parametrize("outputs", [2, 6])
 def test_results_can_be_written_to_memory_of_the_caller(outputs):
     (a, b), (weight, bias) = terms(7, 4, 6), layer(outputs, 6)

@@ -81,13 +81,24 @@ class MLP(nn.Module):
         per_feature = (weight @ features.T).T if len(self.linears) == 2 else features @ weight.T
         return per_feature, torch.addmm(first.bias, offsets, first.weight[:, c:].T)
 
-    def rest(self, hidden: Tensor) -> Tensor:
-        """All that follows the first ReLU. Shape: [M, H] -> [M, outputs]."""
-        last = len(self.linears) - 1
-        for i, linear in enumerate(self.linears[1:], 1):
-            hidden = torch.addmm(linear.bias, hidden, linear.weight.T)
-            hidden = hidden if i == last else relu_(hidden)
-        return hidden
+    def rest(
+        self,
+        hidden: Tensor,
+        out: Tensor | None = None,
+        index: Tensor | None = None,
+        combine: Tensor | None = None,
+    ) -> Tensor:
+        """All that follows the first ReLU.
+
+        Args:
+            out, index: where to write it, as in `foveate.ops.subpixel.last_layer`.
+            combine: [K, outputs], linear combinations to return in place of the outputs; folded into the last layer.
+
+        Shape: [M, H] -> [M, outputs or K], or `out`.
+        """
+        for i, linear in enumerate(self.linears[1:-1]):
+            hidden = torch.addmm(linear.bias, relu_(hidden) if i else hidden, linear.weight.T)
+        return subpixel.last_layer(hidden, *self._last(combine), out, index)
 
     def everywhere(
         self, features: Tensor, offsets: Tensor, combine: Tensor | None = None, out: Tensor | None = None
@@ -95,22 +106,42 @@ class MLP(nn.Module):
         """The output at all S sub-pixels of each feature.
 
         Args:
-            combine: [K, outputs], linear combinations to return in place of the outputs; folded into the last layer.
+            combine: as in `rest`.
             out: where to write it; needs no gradient.
 
         Shape: [N, C], [S, 4] -> [N, S, outputs or K].
         """
         a, b = self.split(features, offsets)
-        if len(self.linears) == 2:
-            last = self.linears[1]
-            weight, bias = (last.weight, last.bias) if combine is None else (combine @ last.weight, combine @ last.bias)
-            return subpixel.two_layers(a, b, weight, bias, out)
         if len(self.linears) == 1:
             values = a[:, None] + b
-        else:
-            values = self.rest(subpixel.hidden(a, b)).unflatten(0, (len(a), len(b)))
-        values = values if combine is None else values @ combine.T
-        return values if out is None else out.copy_(values)
+            values = values if combine is None else values @ combine.T
+            return values if out is None else out.copy_(values)
+        if len(self.linears) == 2:
+            return subpixel.two_layers(a, b, *self._last(combine), out)
+        flat = None if out is None else out.view(-1, out.shape[-1])
+        return self.rest(subpixel.hidden(a, b), flat, combine=combine).view(len(a), len(b), -1)
+
+    def somewhere(self, features: Tensor, offsets: Tensor, index: Tensor, out: Tensor, rows: int = 4096) -> None:
+        """The output at some of the sub-pixels, written to where it belongs; without gradients.
+
+        Args:
+            index: n * S + s of the sub-pixels, int64.
+            out: what has all outputs.
+            rows: sub-pixels at a time, whose hidden values stay in cache.
+
+        Shape: [N, C], [S, 4], [M] -> M rows of out [N * S, outputs].
+        """
+        a, b = self.split(features, offsets)
+        for part in index.split(rows):
+            if len(self.linears) == 1:
+                out.index_copy_(0, part, a[part // len(b)] + b[part % len(b)])
+            else:
+                self.rest(subpixel.hidden(a, b, part), out, part)
+
+    def _last(self, combine: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the last layer, or of combinations of its outputs."""
+        last = self.linears[-1]
+        return (last.weight, last.bias) if combine is None else (combine @ last.weight, combine @ last.bias)
 
     def cost(self, pixels: int) -> tuple[float, float]:
         """FLOPs of the first layer per feature and of the rest per output pixel."""

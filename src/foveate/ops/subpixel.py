@@ -5,6 +5,8 @@ offset (with the bias). `hidden` forms relu(a[n] + b[s]) for given queries; `two
 ever writing the hidden values to memory:
 
     out[n, s, o] = sum_h relu(a[n, h] + b[s, h]) w[o, h] + bias[o].
+
+`last_layer` is the end of a deeper MLP: ReLU, a narrow layer, and its rows put where they belong.
 """
 
 from functools import cache
@@ -93,6 +95,36 @@ def two_layers_reference(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor) -> 
     return torch.addmm(bias, hidden_reference(a, b), weight.T).view(len(a), len(b), len(weight))
 
 
+def last_layer(
+    x: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None, index: Tensor | None = None
+) -> Tensor:
+    """relu(x) @ weight.T + bias.
+
+    Args:
+        out: [N, O], contiguous, written to and returned; needs no gradient.
+        index: [M] int64, rows of `out` that the results go to; default all in order. Needs `out`.
+
+    Shape: x [M, H], weight [O, H], bias [O] -> [M, O], or `out`.
+    """
+    _check(x, weight)
+    m, o = len(x), len(weight)
+    if out is not None and (out.shape[1:] != (o,) or not out.is_contiguous() or (index is None and len(out) != m)):
+        raise InputError(f"out needs shape {(m, o)} and no gaps, got {tuple(out.shape)}.")
+    if index is not None and (out is None or len(index) != m):
+        raise InputError(f"{m} results need an `out` to go to, and as many places there; got {len(index)}.")
+    if not _fast(x, weight, bias) or o > _OUTPUTS:
+        values = torch.addmm(bias, torch.relu(x), weight.T)
+        if out is None:
+            return values
+        return out.copy_(values) if index is None else out.index_copy_(0, index, values)
+    out = torch.empty(m, o) if out is None else out
+    if m:
+        rows = torch.arange(m) if index is None else index
+        arrays = [t.contiguous().numpy() for t in (x, weight, bias, rows)]
+        in_parts(lambda i, j: _last(o)(*arrays, i, j, out.numpy()), m, 4096)
+    return out
+
+
 @cache
 def _kernels() -> dict[str, Any]:
     import numba
@@ -171,3 +203,36 @@ def _two(outputs: int) -> Any:
                         out[first + i, s, o] = sums[o, i]
 
     return two
+
+
+@cache
+def _last(outputs: int) -> Any:
+    """The kernel of `last_layer` for a number of outputs, each summed in a register of its own along H."""
+    import numba
+    import numpy as np
+
+    zero = np.float32(0)
+
+    @numba.njit(nogil=True, fastmath={"contract", "nsz", "arcp", "reassoc"}, cache=True)
+    def last(x, weight, bias, index, start, stop, out):  # type: ignore[no-untyped-def]
+        for i in range(start, stop):
+            t0 = t1 = t2 = t3 = zero
+            for h in range(x.shape[1]):
+                v = max(x[i, h], zero)
+                t0 += v * weight[0, h]
+                if outputs > 1:
+                    t1 += v * weight[1, h]
+                if outputs > 2:
+                    t2 += v * weight[2, h]
+                if outputs > 3:
+                    t3 += v * weight[3, h]
+            row = out[index[i]]
+            row[0] = t0 + bias[0]
+            if outputs > 1:
+                row[1] = t1 + bias[1]
+            if outputs > 2:
+                row[2] = t2 + bias[2]
+            if outputs > 3:
+                row[3] = t3 + bias[3]
+
+    return last

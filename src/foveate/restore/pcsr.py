@@ -35,7 +35,6 @@ from foveate.errors import InputError, WeightsError
 from foveate.layers.encoders import ENCODERS
 from foveate.layers.implicit import MLP, subpixel_offsets
 from foveate.layers.upscaler import STRIP_PIXELS, TILE, Read, Rendered, Upscaler, enlarge, strip_rows, with_halo
-from foveate.ops import subpixel
 from foveate.ops.threads import each
 
 SAMPLES = 1 << 16
@@ -259,10 +258,7 @@ class PCSR(Upscaler):
 
         def mixed(chunk: Tensor, target: Tensor, flag: Tensor) -> None:
             self.light.everywhere(chunk, offsets, out=target)
-            per_feature, per_offset = self.heavy.split(chunk, offsets)
-            flat = target.view(-1, 3)
-            for index in flag.view(-1).nonzero()[:, 0].split(HEAVY_ROWS):
-                flat.index_copy_(0, index, self.heavy.rest(subpixel.hidden(per_feature, per_offset, index)))
+            self.heavy.somewhere(chunk, offsets, flag.view(-1).nonzero()[:, 0], target.view(-1, 3), HEAVY_ROWS)
 
         if threshold is None and self.heavy_share(share) >= 1:
             each_chunk(all_heavy, CHUNK, rows, out)
