@@ -256,7 +256,8 @@ class PCSR(Upscaler):
             for features, colours in zip(chunk.split(HEAVY_ROWS // s2), target.split(HEAVY_ROWS // s2), strict=True):
                 self.heavy.everywhere(features, offsets, out=colours)
 
-        def mixed(chunk: Tensor, target: Tensor, flag: Tensor) -> None:
+        def mixed(chunk: Tensor, target: Tensor, score: Tensor, flag: Tensor) -> None:
+            torch.gt(score, limit, out=flag)
             self.light.everywhere(chunk, offsets, out=target)
             self.heavy.somewhere(chunk, offsets, flag.view(-1).nonzero()[:, 0], target.view(-1, 3), HEAVY_ROWS)
 
@@ -264,10 +265,9 @@ class PCSR(Upscaler):
             each_chunk(all_heavy, CHUNK, rows, out)
             return out, torch.ones(len(rows), s2, dtype=torch.bool, device=rows.device)
         score = self.scores(rows) if score is None else score
-        if threshold is None:
-            threshold = self._threshold(score, self.heavy_share(share))
-        flags = score > threshold
-        each_chunk(mixed, CHUNK, rows, out, flags)
+        limit = self._threshold(score, self.heavy_share(share)) if threshold is None else threshold
+        flags = torch.empty_like(score, dtype=torch.bool)
+        each_chunk(mixed, CHUNK, rows, out, score, flags)
         return out, flags
 
     @staticmethod
