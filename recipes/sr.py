@@ -107,8 +107,8 @@ def train_pcsr(args: argparse.Namespace, crops: Crops, pairs: list) -> tuple[Ups
 
 
 def train_ape(args: argparse.Namespace, crops: Crops, pairs: list) -> tuple[Upscaler, dict]:
-    """Stage 1: the backbone alone, so that depth pays. Stage 2: all exits and the regressor. Then the calibration."""
-    config = {"scale": args.scale, "channels": 32, "blocks": 8, "interval": 1}
+    """Stage 1: the backbone alone, so that depth pays. Stage 2: all exits. Then the regressor and the calibration."""
+    config = {"scale": args.scale, "channels": 32, "blocks": 8, "interval": 1, "gain": "error"}
     model = APE(**config).to(memory_format=torch.channels_last)
     if args.start:
         start(model, args.start)
@@ -136,7 +136,9 @@ def train_ape(args: argparse.Namespace, crops: Crops, pairs: list) -> tuple[Upsc
         checkpoint=Path(checkpoint.format(1)),
         evaluate=lambda m: {"set5": score(m, pairs)},
     )
-    model.calibrate(crops(256, model.patch)[0])
+    low, high = crops(2048, model.patch)
+    model.fit_regressor(low, high)
+    model.calibrate(low)
     training = {"steps": [first["steps"], second["steps"]], "seconds": first["seconds"] + second["seconds"]}
     return model, {"config": config, "training": training | {"batch": 4, "crop": model.patch, "lr": args.lr}}
 
@@ -205,7 +207,12 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--light", type=int, default=64, help="hidden width of PCSR's light head")
-    parser.add_argument("--polish", type=int, default=1500, help="steps of the last phase of PCSR (all parts at the share met in use) or APE (all exits)")
+    parser.add_argument(
+        "--polish",
+        type=int,
+        default=1500,
+        help="steps of the last phase of PCSR (all parts at the share met in use) or APE (all exits)",
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--start", type=Path, help="weights to begin with, e.g. those of another scale")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

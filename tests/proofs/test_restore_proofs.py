@@ -262,6 +262,19 @@ def test_exits_given_beforehand_are_taken() -> None:
     torch.testing.assert_close(images, dense[wanted - 1, torch.arange(9)], atol=1e-5, rtol=0)
 
 
+def test_each_picture_spends_its_own_budget() -> None:
+    model = small_ape()
+    patches = adaptive_patch_exiting.cut([pair("a", picture(64, 64), 2), pair("b", picture(50, 62, 1), 2)], 16, 14)
+    with torch.inference_mode():
+        model.calibrate(patches.low)
+        found = adaptive_patch_exiting.per_picture(model, patches, 0.7)
+        dense = torch.stack(model.all_exits(patches.low)[0])
+        own = dense[found.exits - 1, torch.arange(len(found.exits))]
+    assert found.psnr == pytest.approx(patches.psnr_y(own), abs=1e-4)
+    for i in (0, 1):
+        assert 0.5 < adaptive_patch_exiting.cost_share(model, found.exits[patches.picture == i]) <= 0.7
+
+
 def test_random_exits_have_the_same_histogram() -> None:
     exits = torch.tensor([1] * 20 + [2] * 5 + [3] * 7)
     dealt = adaptive_patch_exiting.dealt(exits, 0)
@@ -271,12 +284,12 @@ def test_random_exits_have_the_same_histogram() -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(part=st.floats(0, 1), seed=st.integers(0, 99))
-def test_the_oracle_does_not_overspend(part: float, seed: int) -> None:
+def test_a_threshold_does_not_overspend(part: float, seed: int) -> None:
     model = small_ape()
     scores = torch.rand(40, 3, generator=torch.Generator().manual_seed(seed)) * 2
     share = model.floor + part * (1 - model.floor)
-    exits = adaptive_patch_exiting.oracle_exits(model, scores, share)
-    spent = adaptive_patch_exiting.cost_share(model, exits)
+    tau = adaptive_patch_exiting.threshold(model, scores, share)
+    spent = adaptive_patch_exiting.cost_share(model, adaptive_patch_exiting.exits_at(scores, tau))
     assert spent <= share + 1e-9
     assert share - spent < 0.06
 
@@ -306,7 +319,11 @@ def test_apes_verdict_needs_all_of_it(broken: dict[str, float]) -> None:
         (espcn, "espcn", ("bicubic", "SRCNN 9-5-5, as long", "ESPCN as published", "ESPCN with a residual")),
         (scnet, "scnet", ("bilinear", "1x1, no shift", "1x1 and Shift8", "3x3, same width", "1x1 and one-hot 3x3")),
         (pcsr, "pcsr", ("PCSR, budget 1", "PCSR, budget 0.5", "random flags, 30% heavy", "PCSR, 30% heavy")),
-        (adaptive_patch_exiting, "adaptive-patch-exiting", ("exit 1 for all", "exit 3 for all", "APE, threshold 0.5")),
+        (
+            adaptive_patch_exiting,
+            "adaptive-patch-exiting",
+            ("exit 1 for all", "exit 3 for all", "APE, budget 0.60 per picture"),
+        ),
     ],
 )
 def test_a_proof_reports_system_and_baselines(

@@ -275,6 +275,37 @@ def test_the_loss_is_the_error_of_every_exit_and_of_its_score(from_zero):
     torch.testing.assert_close(net.loss(low, high, from_zero), expected)
 
 
+def test_scores_of_the_kind_error_look_ahead_to_what_the_next_stage_saves():
+    net, low, high = tiny(gain="error"), noise(2, 12, 13), noise(2, 24, 26, 1)
+    pictures, _ = net.all_exits(low)
+    errors = [(y - high)[..., 8:-8, 8:-8].square().mean((1, 2, 3)) for y in pictures]
+    targets = net.targets(low, high, pictures)
+    for e in range(3):
+        saved = (errors[e] - errors[e + 1]).clamp_min(1e-7)
+        torch.testing.assert_close(targets[:, e], -torch.tanh((saved.log10() + 5) / 2))
+    torch.testing.assert_close(targets[:, 3], torch.tensor([1.0, 1.0], dtype=torch.float64).tanh())
+    with pytest.raises(InputError, match="gain 'db'"):
+        tiny(gain="db")
+
+
+@pytest.mark.parametrize("gain", ["psnr", "error"])
+def test_a_fitted_regressor_is_nearer_to_the_targets_than_before_and_than_their_mean(gain):
+    net, low = tiny(gain=gain), noise(96, 20, 20) * torch.linspace(0.1, 1, 96, dtype=torch.float64).view(-1, 1, 1, 1)
+    high = enlarge(low, 2) + 0.05 * noise(96, 40, 40, 1) * low.amax((1, 2, 3), keepdim=True)
+
+    def distance():
+        with torch.no_grad():
+            pictures, scores = net.all_exits(low)
+        wanted = net.targets(low, high, pictures)[:, :-1].clamp(-0.99, 0.99)
+        return (scores[:, :-1].atanh() - wanted.atanh()).square().mean(), wanted.atanh().var()
+
+    before = distance()[0]
+    net.fit_regressor(low, high)
+    after, spread = distance()
+    assert after < before
+    assert after < spread
+
+
 def test_a_perfect_patch_gives_a_finite_loss():
     net, low = tiny(), noise(1, 12, 12)
     assert torch.isfinite(net.loss(low, net(low).detach()))

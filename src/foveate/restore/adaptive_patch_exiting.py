@@ -11,14 +11,23 @@ One small regressor, shared by all exits, predicts how little the exit's stage g
 under L = sum_e |y_e - high| + (s_e - t_e)^2. A patch leaves at the first exit with s_e >= tau; tau slides from the
 cheapest network to the full one. Whole patches leave, so what remains is a smaller dense batch.
 
+Decibels of a patch are not what a picture's PSNR is made of: a smooth patch may gain many and save next to no error.
+With `gain="error"` (ours) the same regressor looks ahead to the squared error E that the next stage would save,
+
+    t_e = -tanh((log10(E_e - E_{e+1}) + 5) / 2).
+
 A budget fixes how many patches may pass each exit: the share that passes it in the calibration scores (kept with the
 weights) at the tau whose mean cost is the budget. At each exit the patches with the lowest scores stay, so that every
 picture keeps its budget.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from operator import mul
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.errors import InputError, WeightsError
@@ -41,6 +50,7 @@ class APE(Upscaler):
         interval: blocks between exits; E = blocks // interval exits.
         tail: "direct" (one convolution to 3*s*s channels, a pixel shuffle) or "edsr" (the published tail).
         base: add the bilinearly enlarged input (ours); the published networks do not.
+        gain: what scores tell about the next stage, "psnr" (published: as much as the last one gained) or "error".
         value_range: what 1.0 of the input means to the weights; 255 for the published ones.
         patch, step: side of the patches in pixels and distance between them; overlaps are averaged.
 
@@ -62,6 +72,7 @@ class APE(Upscaler):
         res_scale: float = 1.0,
         tail: str = "direct",
         base: bool = True,
+        gain: str = "psnr",
         value_range: float = 1.0,
         patch: int = 48,
         step: int = 46,
@@ -71,6 +82,9 @@ class APE(Upscaler):
             raise InputError(f"interval must lie in 1..{blocks} (the number of blocks), got {interval}.")
         if not 1 <= step <= patch:
             raise InputError(f"step must lie in 1..{patch} (the patch side) to leave no gap, got {step}.")
+        if gain not in ("psnr", "error"):
+            raise InputError(f"unknown gain {gain!r}; use 'psnr' or 'error'.")
+        self.gain = gain
         self.scale, self.interval, self.exits = int(scale), interval, blocks // interval
         self.base, self.value_range, self.patch, self.step = base, value_range, patch, step
         self.head = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1))
@@ -109,15 +123,17 @@ class APE(Upscaler):
             h = self.stage(h, e)
         return self.finish(x, x0, h)
 
-    def all_exits(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Every exit's picture, and the scores [P, E]."""
+    def walk(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and picture at exit 1, 2, .. E."""
         h = x0 = self.start(x)
-        pictures, scores = [], []
         for e in range(1, self.exits + 1):
             h = self.stage(h.clone() if h is x0 else h, e)
-            pictures.append(self.finish(x, x0, h))
-            scores.append(self.score(h))
-        return pictures, torch.stack(scores, 1)
+            yield h, self.finish(x, x0, h)
+
+    def all_exits(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Every exit's picture, and the scores [P, E]."""
+        exits = list(self.walk(x))
+        return [picture for _, picture in exits], torch.stack([self.score(h) for h, _ in exits], 1)
 
     def loss(self, low: Tensor, high: Tensor, from_zero: bool = False) -> Tensor:
         """L = sum_e 255 |y_e - high| + (s_e - t_e)^2 on a batch of patches.
@@ -127,18 +143,41 @@ class APE(Upscaler):
                 PSNR of the enlarged input.
         """
         pictures, scores = self.all_exits(low)
-        before = low.new_zeros(len(low)) if from_zero else self._psnr(enlarge(low, self.scale), high)
-        total = low.new_zeros(())
-        for y, s in zip(pictures, scores.unbind(1), strict=True):
-            now = self._psnr(y.detach(), high)
-            total = total + 255 * (y - high).abs().mean() + (s - (1 - torch.tanh(now - before))).square().mean()
-            before = now
-        return total
+        wanted = self.targets(low, high, pictures, from_zero)
+        colours = torch.stack([(y - high).abs().mean() for y in pictures]).sum()
+        return 255 * colours + (scores - wanted).square().mean(0).sum()
 
-    def _psnr(self, y: Tensor, high: Tensor) -> Tensor:
+    @torch.no_grad()
+    def targets(self, low: Tensor, high: Tensor, pictures: list[Tensor], from_zero: bool = False) -> Tensor:
+        """t_e, what the scores of patches should be, from the pictures of all exits. Shape: [P, E]."""
         b = self.scale + 6
-        error = (y - high)[..., b:-b, b:-b].square().mean((1, 2, 3)).clamp_min(1e-10)
-        return -10 * torch.log10(error)
+        errors = torch.stack(
+            [(y - high)[..., b:-b, b:-b].square().mean((1, 2, 3)) for y in (enlarge(low, self.scale), *pictures)], 1
+        )
+        if self.gain == "psnr":
+            quality = -10 * torch.log10(errors.clamp_min(1e-10))
+            if from_zero:
+                quality[:, 0] = 0
+            return 1 - torch.tanh(quality.diff(dim=1))
+        saved = F.pad(-errors.diff(dim=1)[:, 1:], (0, 1))  # after the last exit nothing is saved
+        return -torch.tanh((torch.log10(saved.clamp_min(1e-7)) + 5) / 2)
+
+    @torch.no_grad()
+    def fit_regressor(self, low: Tensor, high: Tensor) -> None:
+        """Fit the regressor alone, by least squares on patches: what the exits have learned decides (ours)."""
+        rows, wanted = [], []
+        for x, truth in zip(low.split(BATCH), high.split(BATCH), strict=True):
+            features, pictures = zip(*self.walk(x), strict=True)
+            rows.append(torch.stack([self.regressor[:2](h) for h in features], 1)[:, :-1])
+            wanted.append(self.targets(x, truth, list(pictures))[:, :-1].clamp(-0.99, 0.99).atanh())
+        x, y = torch.cat(rows).flatten(0, 1).double(), torch.cat(wanted).flatten().double()
+        mean, spread = x.mean(0), x.std(0).clamp_min(1e-9)
+        x = (x - mean) / spread
+        ridge = 1e-3 * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        weight = torch.linalg.solve(x.T @ x + ridge, x.T @ (y - y.mean())) / spread
+        linear = cast(nn.Linear, self.regressor[2])
+        linear.weight.copy_(weight[None])
+        linear.bias.copy_(y.mean() - weight @ mean)
 
     @torch.no_grad()
     def calibrate(self, patches: Tensor) -> None:
@@ -259,7 +298,7 @@ class APE(Upscaler):
 
     def by_budget(self, share: float, patches: int) -> Stay:
         """At most the calibrated number of patches passes each exit: those with the lowest scores."""
-        counts = [int(share * patches + 1e-6) for share in self.survivors(share)]
+        counts = self._counts(share, patches)
 
         def stay(e: int, scores: Tensor) -> Tensor:
             mask = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
@@ -267,6 +306,20 @@ class APE(Upscaler):
             return mask
 
         return stay
+
+    def _counts(self, share: float, patches: int) -> list[int]:
+        """How many patches may pass exits 1..E-1: the survivors rounded down, then up while the budget lasts."""
+        wanted = [passing * patches for passing in self.survivors(share)]
+        counts = [int(w + 1e-6) for w in wanted]
+        costs = self.exit_costs()
+        stages = [(b - a) / costs[-1] for a, b in pairwise(costs)]
+        left = share * patches - costs[0] / costs[-1] * patches - sum(map(mul, counts, stages)) + 1e-9
+        for e in sorted(range(len(counts)), key=lambda e: counts[e] - wanted[e]):
+            before = counts[e - 1] if e else patches
+            if counts[e] < before and stages[e] <= left:
+                counts[e] += 1
+                left -= stages[e]
+        return counts
 
     def strips(
         self,
@@ -332,7 +385,7 @@ class APE(Upscaler):
             raise WeightsError(f"{blocks} blocks among the keys (body.0, ...), fewer than the interval of {interval}.")
         channels = state["head.0.weight"].shape[0]
         res_scale = 0.1 if channels > 64 else 1.0
-        model = cls(scale, channels, blocks, interval, res_scale, "edsr", base=False, value_range=255.0)
+        model = cls(scale, channels, blocks, interval, res_scale, "edsr", False, "psnr", 255.0)
         own = {k: v for k, v in state.items() if not k.startswith(("sub_mean", "add_mean"))}
         try:
             model.load_state_dict(own | {"calibration": model.calibration})
