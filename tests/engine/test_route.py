@@ -44,6 +44,70 @@ def test_dispatch_equals_the_dense_choice_and_so_do_its_gradients(n, e, k, chunk
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.fixture
+def grouped(monkeypatch):
+    """How many experts each call of the grouped linear layer had."""
+    calls = []
+    original = dispatch.__globals__["grouped_linear"]
+    monkeypatch.setitem(
+        dispatch.__globals__, "grouped_linear", lambda *a, **k: (calls.append(len(a[1])), original(*a, **k))[1]
+    )
+    return calls
+
+
+def test_linear_experts_run_as_one_grouped_layer(grouped):
+    x, expert, experts = torch.randn(6, 4).double(), torch.tensor([0, 2, 0, 2, 2, 0]), layers(3, 4, 5)
+    expected = torch.stack([experts[e](row) for e, row in zip(expert.tolist(), x, strict=True)])
+    torch.testing.assert_close(dispatch(x, expert, experts), expected)
+    torch.testing.assert_close(dispatch(x, expert, experts, gate=torch.full((6,), 0.5).double()), expected / 2)
+    dispatch(x, expert, experts, out_channels=5).sum().backward()
+    assert grouped == [3, 3, 3]
+    assert torch.equal(experts[1].weight.grad, torch.zeros(5, 4).double())
+    plain = nn.ModuleList([nn.Linear(4, 5, bias=False) for _ in range(2)]).double()
+    torch.testing.assert_close(dispatch(x, expert // 2, plain)[:1], plain[0](x[:1]))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked(experts):
+    experts[0].register_forward_hook(lambda *_: None)
+    return experts
+
+
+def patched(experts):
+    experts[1].forward = lambda x: x.sin()
+    return experts
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: [nn.Linear(4, 4), Doubled(4, 4)],
+        lambda: [nn.Linear(4, 4), nn.Linear(4, 4, bias=False)],
+        lambda: [nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))],
+        lambda: hooked([nn.Linear(4, 4), nn.Linear(4, 4)]),
+        lambda: patched([nn.Linear(4, 4), nn.Linear(4, 4)]),
+    ],
+)
+def test_experts_that_do_more_than_a_linear_layer_are_called(build, grouped):
+    experts, x, expert = build(), torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 1, 0])
+    y = dispatch(x, expert, experts)
+    assert grouped == []
+    torch.testing.assert_close(
+        y, torch.stack([experts[e](v[None])[0] for e, v in zip(expert.tolist(), x, strict=True)])
+    )
+
+
+def test_linear_experts_on_patches_and_in_mixed_types_are_called(grouped):
+    experts, expert = [nn.Linear(4, 3), nn.Linear(4, 3)], torch.tensor([0, 1])
+    assert dispatch(torch.randn(2, 5, 4), expert, experts).shape == (2, 5, 3)
+    assert dispatch(torch.randn(2, 4), expert, experts, gate=torch.ones(2).double()).dtype == torch.float64
+    assert grouped == []
+
+
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 299), max_size=60), st.sampled_from([300, 301]), st.integers(1, 9))
 def test_route_is_a_stable_sort_with_its_inverse(numbers, experts, chunk):

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from foveate.errors import InputError
+import foveate
+from foveate.errors import BudgetError, InputError
+from foveate.meter import count_flops
 from foveate.ops.scatter_experts import scatter_experts
 
 
@@ -169,26 +171,74 @@ def test_layers_that_compute_something_else_are_left_alone(build):
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
-@pytest.mark.parametrize("family", ["Mixtral", "Olmoe"])
-def test_layers_of_transformers(family):
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_small_budget_keeps_the_experts_of_the_largest_gates_and_the_sum_of_gates(host):
+    torch.manual_seed(0)
+    model, x = HOSTS[host]().double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    rows = x.view(-1, 6)
+    gates, index = model.gate(rows).softmax(-1).topk(2)
+    if host in ("mixtral", "qwen3"):
+        gates = gates / gates.sum(1, keepdim=True)
+    expected = torch.zeros_like(rows)
+    for t, (e, total) in enumerate(zip(index[:, 0].tolist(), gates.sum(1), strict=True)):
+        if host == "stacked":
+            gate, up = (model.experts.gate_up_proj[e] @ rows[t]).chunk(2)
+            expected[t] = total * (model.experts.down_proj[e] @ (F.silu(gate) * up))
+        else:
+            expected[t] = total * model.experts[e](rows[t])
+    exact = outputs(model, x)[0]
+    for budget in (0.25, 0.1, "49%"):  # of 4 experts, one
+        with scatter_experts(model, budget=budget):
+            torch.testing.assert_close(outputs(model, x)[0].view(-1, 6), expected)
+    for budget in (0.5, 0.99, 1.0):
+        with scatter_experts(model, budget=budget):
+            torch.testing.assert_close(outputs(model, x)[0], exact)
+    with pytest.raises(BudgetError):
+        scatter_experts(model, budget="64 tokens")
+
+
+def of_transformers(family, **changed):
     transformers = pytest.importorskip("transformers")
     sizes = {"num_experts_per_tok": 2, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    experts = "num_local_experts" if family == "Mixtral" else "num_experts"
+    sizes["num_local_experts" if family == "Mixtral" else "num_experts"] = 4
     config = getattr(transformers, f"{family}Config")(
-        vocab_size=50, hidden_size=16, intermediate_size=24, **{experts: 4}, **sizes
+        vocab_size=50, hidden_size=16, intermediate_size=24, **{**sizes, **changed}
     )
     torch.manual_seed(0)
     model, ids = getattr(transformers, f"{family}ForCausalLM")(config).eval(), torch.randint(50, (2, 9))
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)
+    return model, ids
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Olmoe"])
+def test_models_of_transformers_are_equal_and_come_back_bit_for_bit(family):
+    model, ids = of_transformers(family)
     before = model(ids, labels=ids)
     before.loss.backward()
     wanted = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    with scatter_experts(model):
-        during = model(ids, labels=ids)
-        during.loss.backward()
+    state, modules = {key: value.clone() for key, value in model.state_dict().items()}, list(model.modules())
+    handle = foveate.apply(model, "scattermoe")
+    assert sum("forward" in vars(module) for module in modules) == 2  # of the experts of each layer
+    during = model(ids, labels=ids)
+    during.loss.backward()
     torch.testing.assert_close(during.logits, before.logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close([p.grad for p in model.parameters()], wanted, atol=1e-4, rtol=1e-3)
+    handle.remove()
+    assert not any("forward" in vars(module) for module in modules)
+    assert list(model.modules()) == modules
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, model(ids).logits)
+        assert torch.equal(model(ids).logits, before.logits)
+
+
+def test_mixtral_with_a_smaller_budget_is_mixtral_with_fewer_experts_per_token():
+    (model, ids), (fewer, _) = of_transformers("Mixtral", num_experts_per_tok=3), of_transformers("Mixtral")
+    fewer.load_state_dict(model.state_dict())
+    with torch.no_grad(), scatter_experts(model, budget=0.5):
+        torch.testing.assert_close(model(ids).logits, fewer(ids).logits, atol=1e-4, rtol=1e-4)
+        few = count_flops(model, ids)
+    with torch.no_grad(), scatter_experts(model):
+        assert few < count_flops(model, ids)

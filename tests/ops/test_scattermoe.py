@@ -58,6 +58,13 @@ def test_mlp_equals_every_expert_on_every_token_and_so_do_its_gradients(t, e, k,
     )
 
 
+def test_gradients_of_a_mixture_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    mlp = MoEMLP(6, 8, experts=4, gated=True, bias=True).double()
+    x, (gate, expert, _) = torch.rand(5, 6, dtype=torch.float64, requires_grad=True), chosen(5, experts=4, k=2)
+    assert torch.autograd.gradcheck(lambda x, gate: mlp(x, gate, expert), (x, gate.requires_grad_()))
+
+
 def test_published_sizes_have_the_published_parameters():
     # Mixtral 8x7B: 45.1 G of its 46.7 G parameters are 32 layers of experts; OLMoE 1B-7B: 6.44 G in 16 layers.
     with torch.device("meta"):

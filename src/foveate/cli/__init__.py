@@ -12,7 +12,9 @@ from typing import Annotated
 import typer
 
 from foveate import __version__
+from foveate.cli.bench import bench
 from foveate.cli.catalogue import list_, show
+from foveate.cli.compress import compress, decompress, inspect
 from foveate.cli.demo import demo
 from foveate.cli.measure import measure
 from foveate.cli.prove import prove
@@ -46,14 +48,19 @@ def _face(
     Examples:
       foveate list --works
       foveate upscale photo.jpg large.png --scale 4 --budget 0.5
+      foveate compress photo.png photo.fov --budget "0.5 bpp"
     """
 
 
 app.command()(upscale)
+app.command()(compress)
+app.command()(decompress)
+app.command()(inspect)
 app.command("list")(list_)
 app.command()(show)
 app.command()(prove)
 app.command()(measure)
+app.add_typer(bench, name="bench")
 app.command()(demo)
 
 

@@ -6,7 +6,8 @@ expert's items one contiguous run. Then
     y[t] = sum_j gate[t, j] * expert_{e[t, j]}(x[t])
 
 costs one sort, one gather, one dense call per run, one scatter: no item is dropped, padded or copied twice, whatever
-the imbalance. Long runs are cut into chunks, so that what an expert computes between its layers stays in cache.
+the imbalance. Long runs are cut into chunks, so that what an expert computes between its layers stays in cache. Experts
+that are linear layers are not called one by one but run as one grouped linear layer (`foveate.ops.grouped_linear`).
 The bookkeeping follows Tan et al. 2024, arXiv:2403.08245 (ScatterMoE).
 """
 
@@ -14,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.errors import InputError
+from foveate.ops.grouped_linear import grouped_linear
 
 Expert = Callable[[Tensor], Tensor]
 
@@ -97,7 +99,9 @@ def dispatch(
 ) -> Tensor:
     """Run each item through its expert, or its k experts.
 
-    Gradients reach x, the gates and the experts' own parameters. An expert without items is not called.
+    Gradients reach x, the gates and the experts' own parameters. An expert without items is not called. Where all
+    experts are nn.Linear of one shape, none is: their weights go to `grouped_linear`, which neither sorts the items
+    nor keeps k results of each, and one without items gets a gradient of zeros.
 
     Args:
         x: items; rows of channels, or whole patches or windows with further dimensions.
@@ -118,6 +122,10 @@ def dispatch(
     _check(x, route, experts, gate, chunk)
     if x.shape[0] == 0:
         return experts[0](x) if out_channels is None else x.new_zeros(0, out_channels)
+    if layers := _linear_layers(x, experts, gate, out_channels):
+        biases = [e.bias for e in layers if e.bias is not None]
+        shares = None if gate is None else gate.reshape(len(x), route.fanout)
+        return grouped_linear(x, [e.weight for e in layers], route, biases or None, gate=shares)
     if chunk is None and x.device.type == "cpu":
         chunk = _CPU_CHUNK
     if torch.is_grad_enabled():
@@ -128,6 +136,22 @@ def dispatch(
         return y
     weight = gate.reshape(-1, *[1] * (y.dim() - 1))
     return (weight * y).unflatten(0, (-1, route.fanout)).sum(1)
+
+
+def _linear_layers(
+    x: Tensor, experts: Sequence[Expert], gate: Tensor | None, out_channels: int | None
+) -> list[nn.Linear]:
+    """The experts, where calling them would do no more than `grouped_linear` does; else none."""
+    layers = [e for e in experts if type(e) is nn.Linear]
+    if x.dim() != 2 or len(layers) < len(experts):
+        return []
+    shapes = {(e.weight.shape, e.bias is None) for e in layers}
+    dtypes = {t.dtype for e in layers for t in (x, gate, e.weight, e.bias) if t is not None}
+    alike = len(shapes) == len(dtypes) == 1 and out_channels in (None, layers[0].out_features)
+    # Someone who watches a layer, or has put another function in its place, wants it to be called.
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    watched = any("forward" in vars(e) or any(getattr(e, name) for name in hooks) for e in layers)
+    return layers if alike and not watched else []
 
 
 def _gathered(x: Tensor, route: Route, experts: Sequence[Expert], chunk: int | None, channels: int | None) -> Tensor:

@@ -16,9 +16,13 @@ Backward needs neither y nor a sorted x. With d[i] = weight[e(i)].T dout[i], whi
     dweight[e] = sum_i gate dout[i] x[read(i)].T                     dbias[e] = sum_i gate dout[i]
 
 so x, weights and gate are all that is kept.
+
+On the CPU a tile is gathered and multiplied by PyTorch; on CUDA the same is one Triton kernel
+(`foveate.ops._grouped_triton`), where Triton is installed.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
@@ -29,6 +33,7 @@ from torch import Tensor
 from foveate.errors import InputError
 from foveate.ops import fast_allowed
 from foveate.ops.threads import in_parts
+from foveate.ops.tile import on_triton
 
 _TILE = 1024
 """Rows at a time on the CPU: enough for a matrix product at full speed, few enough to stay in cache."""
@@ -92,9 +97,8 @@ def grouped_linear(
     if torch.is_autocast_enabled(x.device.type):  # an autograd.Function is not cast by itself, as F.linear is
         low = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(low), _cast(weight, low), None if bias is None else _cast(bias, low)
-    biases = () if bias is None else _flat(bias)
-    form = _Form(route, len(_flat(weight)), bool(biases), grouped_in, grouped_out)
-    return _GroupedLinear.apply(x, gate, form, *_flat(weight), *biases)
+    form = Form(route, len(_flat(weight)), grouped_in, grouped_out)
+    return _function(x).apply(x, gate, form, *_flat(weight), *(() if bias is None else _flat(bias)))
 
 
 def grouped_linear_reference(
@@ -108,8 +112,8 @@ def grouped_linear_reference(
     grouped_out: bool = False,
 ) -> Tensor:
     """`grouped_linear` in plain PyTorch: sort the rows, one dense layer per expert, put the results back."""
-    items = x.shape[0] * route.fanout == len(route.order)
-    rows = x if grouped_in else x.index_select(0, route.items if items else route.order)
+    read = _read(x, route, grouped_in)
+    rows = x if read is None else x.index_select(0, read)
     parts = [
         F.linear(part, weight[e], None if bias is None else bias[e])
         for e, part in enumerate(rows.split(list(route.counts)))
@@ -122,18 +126,22 @@ def grouped_linear_reference(
     return y
 
 
-class _Form:
-    """How rows are read and written, and how the flat list of parameters is made of weights and biases."""
+@dataclass(frozen=True, eq=False)
+class Form:
+    """How rows are read and written, and how the flat list of parameters is made of weights and biases.
 
-    def __init__(self, route: Sorted, weights: int, biased: bool, grouped_in: bool, grouped_out: bool) -> None:
-        self.route, self.weights, self.biased = route, weights, biased
-        self.grouped_in, self.grouped_out = grouped_in, grouped_out
+    Args:
+        weights: how many of the parameters are weights: 1 when they are stacked, else E.
+    """
+
+    route: Sorted
+    weights: int
+    grouped_in: bool
+    grouped_out: bool
 
     def read(self, x: Tensor) -> Tensor | None:
         """Row of x at each place, or None when it is the place itself."""
-        if self.grouped_in:
-            return None
-        return self.route.items if len(x) * self.route.fanout == len(self.route.order) else self.route.order
+        return _read(x, self.route, self.grouped_in)
 
     def tiles(self, device: torch.device) -> list[tuple[int, int, int]]:
         """(expert, start, stop) of the runs, cut to what a tile holds."""
@@ -147,12 +155,44 @@ class _Form:
             biases[0].unbind() if biases and biases[0].dim() == 2 else biases,
         )
 
+    def stacked(self, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Weights [E, O, C] and biases [E, O]; those of a list are copied."""
+        weights, biases = parameters[: self.weights], parameters[self.weights :]
+        return (
+            weights[0] if weights[0].dim() == 3 else torch.stack(list(weights)),
+            None if not biases else biases[0] if biases[0].dim() == 2 else torch.stack(list(biases)),
+        )
+
+    def apart(self, parameters: Sequence[Tensor], weight: Tensor, bias: Tensor) -> list[Tensor]:
+        """Stacked values as a flat list like that of the parameters."""
+        weights, biases = parameters[: self.weights], parameters[self.weights :]
+        return [
+            *((weight,) if weights[0].dim() == 3 else weight.unbind()),
+            *(() if not biases else (bias,) if biases[0].dim() == 2 else bias.unbind()),
+        ]
+
+
+def _read(x: Tensor, route: Sorted, grouped_in: bool) -> Tensor | None:
+    """Row of x at each place in expert order, or None when it is the place itself. Shape: [S]."""
+    if grouped_in:
+        return None
+    return route.items if len(x) * route.fanout == len(route.order) else route.order
+
+
+def _function(x: Tensor) -> type[torch.autograd.Function]:
+    """What computes it for tensors like x; Triton is imported by the first that needs it."""
+    if not on_triton(x):
+        return _GroupedLinear
+    from foveate.ops._grouped_triton import GroupedTriton
+
+    return GroupedTriton
+
 
 class _GroupedLinear(torch.autograd.Function):
     """Tile by tile: gather rows, one matrix product, scatter."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor | None, form: _Form, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gate: Tensor | None, form: Form, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(x, gate, *parameters)
         ctx.form = form
         weights, biases = form.experts(parameters)

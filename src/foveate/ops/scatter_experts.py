@@ -7,6 +7,10 @@ OLMoE and their kin, in both forms that the library has given them:
     listed    a block of a router `gate` (nn.Linear) and `experts`, a list of gated MLPs made of three nn.Linear
 
 Both compute  y[t] = sum_j gate[t, j] down_e(act(gate_e(x[t])) * up_e(x[t])),  e = index[t, j]  (arXiv:2403.08245).
+
+As a plugin, `foveate.apply(model, "scattermoe")`, it knows the budget as the share of all experts that one token may
+use. Mixtures use a quarter or less of theirs, so only a budget below that takes experts away: a token keeps those of
+the largest gates, which take over the sum of all.
 """
 
 import inspect
@@ -17,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.engine.budget import Budget
 from foveate.engine.route import Route
 from foveate.engine.surgery import Handle, find, join, patch_forward
-from foveate.errors import InputError
+from foveate.errors import InputError, MissingExtraError
 from foveate.ops.grouped_linear import grouped_linear
 from foveate.ops.scattermoe import choose
 
@@ -27,29 +32,41 @@ _NAMES = (("w1", "w3", "w2"), ("gate_proj", "up_proj", "down_proj"))
 """What the layers gate, up and down of a listed expert are called."""
 
 
-def scatter_experts(model: nn.Module) -> Handle:
+def scatter_experts(model: nn.Module, budget: Budget | float | str = 1.0) -> Handle:
     """Run the expert layers of a model by grouped expert linear layers.
 
     Parameters, state dict and routing stay as they are; outputs are equal to rounding, and gradients flow.
 
     Args:
         model: a transformers mixture model, or any other whose expert layers have one of the two forms.
+        budget: share of a layer's experts that a token may use; at least one is used, and never more than the model's
+            own number, with which outputs are equal.
 
     Returns: a handle; `handle.remove()` gives the model back.
-    Raises: InputError when the model holds no expert layer that is recognised.
+    Raises: InputError when the model holds no expert layer that is recognised; BudgetError for a budget that is no
+        share.
     """
-    handles = []
+    share, handles = Budget.parse(budget).share_of(), []
     for module in [model, *find(model, lambda _, __: True).values()]:
         if _is_stacked(module):
-            handles.append(patch_forward(module, partial(_stacked, module)))
+            handles.append(patch_forward(module, partial(_stacked, module, share)))
         elif _is_listed(module):
-            handles.append(patch_forward(module, partial(_listed, module)))
+            handles.append(patch_forward(module, partial(_listed, module, share)))
     if not handles:
         raise InputError(
             f"{type(model).__name__} has no expert layer that is known here: neither stacked experts (gate_up_proj, "
             "down_proj) nor a router `gate` with a list of gated MLPs without biases. Build the layer with MoEMLP."
         )
     return join(handles)
+
+
+def _afforded(gate: Tensor, index: Tensor, experts: int, share: float) -> tuple[Tensor, Tensor]:
+    """What a token may use of its experts, those of the largest gates, with the sum of its gates. Shape: [T, k]."""
+    k = max(1, int(share * experts))
+    if gate.shape[1] <= k:
+        return gate, index
+    kept, place = gate.topk(k, dim=1)
+    return kept * (gate.sum(1, keepdim=True) / kept.sum(1, keepdim=True)), index.gather(1, place)
 
 
 def _is_stacked(module: nn.Module) -> bool:
@@ -68,16 +85,22 @@ def _is_stacked(module: nn.Module) -> bool:
 
 
 def _stacked(
-    module: Any, _: Callable[..., Any], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    module: Any,
+    share: float,
+    _: Callable[..., Any],
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
 ) -> Tensor:
-    route = Route.of(top_k_index, len(module.down_proj))
+    weights, index = _afforded(top_k_weights, top_k_index, len(module.down_proj), share)
+    route = Route.of(index, len(module.down_proj))
     hidden = grouped_linear(hidden_states, module.gate_up_proj, route, grouped_out=True)
     if hasattr(module, "_apply_gate"):
         hidden = module._apply_gate(hidden)
     else:
         gate, up = hidden.chunk(2, -1)
         hidden = module.act_fn(gate) * up
-    return grouped_linear(hidden, module.down_proj, route, gate=top_k_weights.to(hidden_states.dtype), grouped_in=True)
+    return grouped_linear(hidden, module.down_proj, route, gate=weights.to(hidden_states.dtype), grouped_in=True)
 
 
 def _is_listed(module: nn.Module) -> bool:
@@ -101,7 +124,7 @@ def _names(expert: nn.Module) -> tuple[str, str, str] | None:
     return found[0] if found and plain and hasattr(expert, "act_fn") else None
 
 
-def _listed(module: Any, _: Callable[..., Any], hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+def _listed(module: Any, share: float, _: Callable[..., Any], hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     names = _names(module.experts[0])
     assert names is not None
     noise = getattr(module, "jitter_noise", 0)
@@ -111,12 +134,34 @@ def _listed(module: Any, _: Callable[..., Any], hidden_states: Tensor) -> tuple[
     # Mixtral's block always lets the gates of a token sum to 1; the others have a switch.
     normalize = bool(getattr(module, "norm_topk_prob", names == _NAMES[0]))
     choice = choose(module.gate(rows), module.top_k, normalize)
-    route = Route.of(choice.expert, len(module.experts))
+    weights, index = _afforded(choice.gate, choice.expert, len(module.experts), share)
+    route = Route.of(index, len(module.experts))
 
     def layer(x: Tensor, name: str, **how: Any) -> Tensor:
         return grouped_linear(x, [getattr(expert, name).weight for expert in module.experts], route, **how)
 
     gate, up = (layer(rows, name, grouped_out=True) for name in names[:2])
     hidden = module.experts[0].act_fn(gate) * up
-    y = layer(hidden, names[2], gate=choice.gate, grouped_in=True)
+    y = layer(hidden, names[2], gate=weights, grouped_in=True)
     return y.view(hidden_states.shape), choice.logits
+
+
+def conformance_example() -> tuple[nn.Module, tuple[Tensor]]:
+    """A small Mixtral of transformers, three of four experts per token, and its tokens."""
+    try:
+        from transformers import MixtralConfig, MixtralForCausalLM
+    except ImportError as error:
+        raise MissingExtraError("Mixtral needs transformers. Install it: pip install 'foveate[hosts]'") from error
+    config = MixtralConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        num_experts_per_tok=3,
+        use_cache=False,
+        initializer_range=0.2,
+    )
+    return MixtralForCausalLM(config).eval(), (torch.randint(50, (2, 9)),)

@@ -10,7 +10,8 @@ is made of two of them around what happens in between:
     attention   q = PL1(x)          in token order                y[t] = sum_j gate[t, j] PL2(attend(q))[t, j]
     LoRA        h = PL1(x)          grouped [T k, rank]           y[t] = base(x)[t] + sum_j gate[t, j] PL2(h)[t, j]
 
-Work grows with T k alone, whatever the imbalance of the load.
+Work grows with T k alone, whatever the imbalance of the load. `foveate.ops.scatter_experts` puts this under the experts
+of a model that someone already has.
 """
 
 from collections.abc import Callable
@@ -241,11 +242,3 @@ def _routed(x: Tensor, gate: Tensor, expert: Tensor, experts: int) -> tuple[Tens
     if flat.shape[1] > 1 and bool((flat.sort(-1).values.diff(dim=-1) == 0).any()):
         raise InputError("expert names one expert twice for a token; choose the k of a token without repetition.")
     return x.flatten(0, -2), gate.flatten(0, -2), Route.of(flat, experts)
-
-
-def conformance_example() -> tuple[nn.Module, tuple[Tensor, Tensor, Tensor]]:
-    """A small double-precision mixture and its tokens."""
-    mlp = MoEMLP(6, 8, experts=4, gated=True, bias=True).double()
-    x = torch.rand(5, 6, dtype=torch.float64, requires_grad=True)
-    gate, expert, _ = choose(torch.randn(5, 4, dtype=torch.float64), k=2)
-    return mlp, (x, gate.requires_grad_(), expert)

@@ -1,0 +1,72 @@
+"""`foveate bench`: how fast this machine runs what foveate is made of."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from foveate.cli.console import note, print_json, print_table
+
+if TYPE_CHECKING:
+    from foveate.bench.case import Entry
+
+bench = typer.Typer(no_args_is_help=True, help="Time what foveate is made of on this machine.")
+
+
+@bench.callback()
+def _group() -> None:
+    """Time what foveate is made of on this machine."""
+
+
+@bench.command("ops")
+def ops(
+    names: Annotated[list[str] | None, typer.Option("--op", help="Only this operator; may be given again.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The two smallest sizes, and fewer runs.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Where to run, e.g. cpu or cuda.  [default: cpu, then cuda where there is one]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the report.  [default: docs/results, without --op and --quick]"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time every operator's fast path against its reference and other ways to the same values.
+
+    CPU, and GPU if there; sizes from small to large; time, peak memory and how far the values are apart.
+
+    \b
+    Examples:
+      foveate bench ops
+      foveate bench ops --op grouped-linear --quick
+    """
+    import torch
+
+    from foveate.bench.case import measured
+    from foveate.bench.ops import OPERATORS
+    from foveate.bench.report import HEADINGS, cells, growth, write_report
+    from foveate.errors import InputError
+    from foveate.proofs import ProofContext
+    from foveate.proofs.report import RESULTS
+
+    unknown = [name for name in names or () if name not in OPERATORS]
+    if unknown:
+        raise InputError(f"No operator is called {unknown[0]!r}. There are {', '.join(OPERATORS)}.")
+    chosen = [OPERATORS[name] for name in dict.fromkeys(names or OPERATORS)]
+    devices = [device] if device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    folder = RESULTS if out is None and not quick and not names else out
+    entries: list[Entry] = []
+    for place in devices:
+        entries += measured(chosen, ProofContext(device=place, seed=seed, full=not quick))
+    if as_json:
+        print_json(entries)
+    else:
+        print_table(
+            ("operator", "device", *HEADINGS), [[e["op"], e["device"], *cells(e)] for e in entries], HEADINGS[3:]
+        )
+        for name, place in dict.fromkeys((e["op"], e["device"]) for e in entries):
+            for line in growth([e for e in entries if (e["op"], e["device"]) == (name, place)]):
+                note(f"{name} ({place}): {line}")
+    if folder is not None:
+        note(f"written to {write_report(entries, folder)}")
