@@ -95,12 +95,3 @@ def test_crops_are_standardised_and_know_their_picture() -> None:
 def test_what_is_learned_and_what_is_measured_do_not_overlap() -> None:
     left, right = proof.halves(torch.arange(10.0).expand(2, 10))
     assert not set(left.flatten().tolist()) & set(right.flatten().tolist())
-
-
-def test_a_set_sorted_by_class_is_read_evenly(tmp_path: Path) -> None:
-    archive(tmp_path / "set.npz", 40)
-    x, labels = proof.cifar(tmp_path / "set.npz", 20)
-    assert sorted(set(labels.tolist())) == list(range(10))
-    torch.testing.assert_close(x.mean((1, 2, 3)), (20 * labels / 255 - 0.5) / 0.25, atol=0.02, rtol=0)
-    drawn, classes = proof.draws_of((x, labels), 0)(16)
-    torch.testing.assert_close(drawn.mean((1, 2, 3)), (20 * classes / 255 - 0.5) / 0.25, atol=0.02, rtol=0)

@@ -11,18 +11,14 @@ stem. Quick: six textures of scikit-image, in 32 x 32 crops of grey, each of zer
 left of a photograph and measured on its right. Full: CIFAR-10 where the context has it.
 """
 
-import io
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
+from foveate.data.labelled import read_archive, standardised
 from foveate.encode.wavemix import PatchStem, WaveBlock, WaveMix
 from foveate.layers.classifier import ImageClassifier
 from foveate.learn.fit import fit
@@ -216,20 +212,15 @@ def data(context: ProofContext) -> tuple[Callable[[], Draw], tuple[Tensor, Tenso
     """A maker of training streams that start alike, test pictures and classes, how many classes, and what it all is."""
     tested, folder = TESTED[context.mode], context.data
     if context.full and folder is not None and (folder / "cifar10_train_jpeg.npz").is_file():
-        learned = on(context.device, cifar(folder / "cifar10_train_jpeg.npz", TRAINED))
-        test = on(context.device, cifar(folder / "cifar10_test_jpeg.npz", tested))
+        learned = read_archive(folder / "cifar10_train_jpeg.npz", TRAINED).to(context.device)
+        held = read_archive(folder / "cifar10_test_jpeg.npz", tested).to(context.device)
         where = f"CIFAR-10, {TRAINED} pictures to learn from and {tested} to measure on"
-        return partial(draws_of, learned, context.seed), test, 10, where
+        return partial(learned.draws, context.seed), (standardised(held.pictures), held.labels), 10, where
     photographs = dict(context.photographs())
     left, right = zip(*(halves(photographs[name].mean(0)) for name in TEXTURES), strict=True)
-    held = crops_of(right, context.seed + 1)(tested)
+    test = crops_of(right, context.seed + 1)(tested)
     where = f"Textures of scikit-image ({', '.join(TEXTURES)}), {tested} crops to measure on"
-    return partial(crops_of, left, context.seed), held, len(TEXTURES), where
-
-
-def on(device: str, labelled: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The same on a device."""
-    return labelled[0].to(device), labelled[1].to(device)
+    return partial(crops_of, left, context.seed), test, len(TEXTURES), where
 
 
 def halves(picture: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,32 +245,3 @@ def crops_of(pictures: tuple[Tensor, ...], seed: int) -> Draw:
         return (x - mean) / (std + 1e-3), labels.to(x.device)
 
     return draw
-
-
-def draws_of(labelled: tuple[Tensor, Tensor], seed: int) -> Draw:
-    """Random pictures of a set, half of them mirrored."""
-    pictures, labels = labelled
-    dice = torch.Generator().manual_seed(seed)
-
-    def draw(batch: int) -> tuple[Tensor, Tensor]:
-        index = torch.randint(len(pictures), (batch,), generator=dice).to(pictures.device)
-        mirrored = (torch.rand(batch, generator=dice) < 0.5).to(pictures.device)
-        x = pictures[index]
-        return torch.where(mirrored[:, None, None, None], x.flip(3), x), labels[index]
-
-    return draw
-
-
-def cifar(file: Path, count: int) -> tuple[Tensor, Tensor]:
-    """Pictures of a set kept as JPEG bytes, evenly spread over it since it is sorted by class, in about -2..2.
-
-    Shape: [count, 3, 32, 32], classes [count].
-    """
-    archive: Any = np.load(file)
-    content, offsets, labels = archive["bytes"], archive["offsets"], archive["labels"].astype(np.int64)
-    index = np.linspace(0, len(labels) - 1, count).astype(int)
-    pictures = [
-        np.asarray(Image.open(io.BytesIO(content[offsets[i] : offsets[i + 1]].tobytes())).convert("RGB")) for i in index
-    ]
-    x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-    return (x - 0.5) / 0.25, torch.from_numpy(labels[index])
