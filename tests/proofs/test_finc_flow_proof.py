@@ -8,7 +8,7 @@ from foveate.meter import Comparison
 from foveate.ops.triangular_conv import triangular_conv, triangular_solve
 from foveate.proofs import ProofContext
 from foveate.proofs.generate import finc_flow
-from foveate.proofs.generate.finc_flow import by_raster, crops, dense_matrix, slope, verdict
+from foveate.proofs.generate.finc_flow import by_raster, crops, dense_matrix, verdict
 
 
 def test_the_baselines_give_what_the_system_gives():
@@ -34,10 +34,6 @@ def test_the_baselines_give_what_the_system_gives():
 )
 def test_the_verdict_can_fail(figures, holds):
     assert verdict(*figures) is holds
-
-
-def test_slopes_are_exponents():
-    assert slope({8: 100.0, 16: 3.0, 32: 6.0, 64: 12.0}) == pytest.approx(1)
 
 
 def test_crops_are_luminance_and_follow_the_seed():

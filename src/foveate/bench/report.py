@@ -12,6 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from foveate.errors import InputError
+from foveate.meter import slope
 from foveate.proofs.evidence import markdown_row
 from foveate.proofs.report import figure_to_picture
 
@@ -108,17 +109,6 @@ def curves(entries: "Iterable[Entry]") -> dict[tuple[str, str], dict[str, dict[i
         ours.setdefault(key, {}).setdefault(entry["n"], []).append(own)
         found[key]["fast"][entry["n"]] = median(ours[key][entry["n"]])
     return found
-
-
-def slope(costs: dict[int, float]) -> float:
-    """Least-squares slope of log cost over log n.
-
-    >>> round(slope({n: 3.0 * n * n for n in (4, 8, 32)}), 6)
-    2.0
-    """
-    import numpy as np
-
-    return float(np.polyfit(np.log(list(costs)), np.log(list(costs.values())), 1)[0])
 
 
 def figure(entries: "Iterable[Entry]") -> "Image.Image | None":

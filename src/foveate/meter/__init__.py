@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from foveate.meter.comparison import Comparison, compare
+    from foveate.meter.comparison import Comparison, compare, slope
     from foveate.meter.cost import Measurement, count_parameters, measure, peak_memory, time_call
     from foveate.meter.flops import by_module, count_flops, register
     from foveate.meter.quality import ms_ssim, psnr, psnr_y, ssim
@@ -23,6 +23,7 @@ _HOME = {
     "time_call": "cost",
     "Comparison": "comparison",
     "compare": "comparison",
+    "slope": "comparison",
     "ms_ssim": "quality",
     "psnr": "quality",
     "psnr_y": "quality",
@@ -42,6 +43,7 @@ __all__ = [
     "psnr",
     "psnr_y",
     "register",
+    "slope",
     "ssim",
     "time_call",
 ]

@@ -8,8 +8,9 @@ first alternates, and each pair gives one ratio t_baseline / t_method. The speed
 an efficiency of 1 says that every FLOP saved was time saved; the rest went into deciding, gathering and scattering.
 """
 
+import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,6 +154,17 @@ def compare(
         if progress is not None:
             progress(pair + 1, pairs)
     return Comparison(names, (tuple(seconds[0]), tuple(seconds[1])), counted, peaks)
+
+
+def slope(costs: Mapping[int, float]) -> float:
+    """Exponent p of costs ~ n^p: the least-squares slope of log cost over log n.
+
+    >>> round(slope({n: 3.0 * n * n for n in (4, 8, 32)}), 6)
+    2.0
+    """
+    points = [(math.log(n), math.log(cost)) for n, cost in costs.items()]
+    x, y = (statistics.fmean(axis) for axis in zip(*points, strict=True))
+    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
 
 
 def _ratio(pair: tuple[float | None, float | None] | None) -> float | None:

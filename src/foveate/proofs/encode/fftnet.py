@@ -9,7 +9,7 @@ Two experiments, on the CPU with one thread so that the clock shows work and not
    No fixed filter can serve both (its error is at least a quarter of the energy); one bent by the mean token can.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from foveate.encode.fftnet import FFTNet, SpectralMixer
 from foveate.engine.surgery import find, replace
-from foveate.meter import Comparison, compare, count_flops, count_parameters, time_call
+from foveate.meter import Comparison, compare, count_flops, count_parameters, slope, time_call
 from foveate.proofs.evidence import Evidence, ProofContext, Row
 from foveate.proofs.report import figure_to_picture
 
@@ -157,17 +157,6 @@ def race_networks(context: ProofContext) -> tuple[Race, tuple[int, int]]:
     sizes = (count_parameters(networks[0]), count_parameters(networks[1]))
     x = dict(context.photographs())["chelsea"][None, :, :224, :224].contiguous()
     return _race([network.to(context.device) for network in networks], x, PAIRS[context.mode][2]), sizes
-
-
-def slope(costs: Mapping[int, float]) -> float:
-    """Least-squares slope of log cost over log N, from costs by N.
-
-    >>> round(slope({n: 3.0 * n * n for n in (4, 8, 32)}), 6)
-    2.0
-    """
-    n, y = torch.tensor([list(costs), list(costs.values())], dtype=torch.float64).log2()
-    n = n - n.mean()
-    return float((n * y).sum() / n.square().sum())
 
 
 def noise(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
