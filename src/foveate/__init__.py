@@ -2,7 +2,7 @@
 
 The face of the library. One name per way to use a system, and one knob, the `budget`, which means the same in all:
 
-* job: `foveate.upscale("in.jpg", "out.png", scale=4, budget=0.5)`
+* job: `foveate.upscale("in.jpg", "out.png", scale=4, budget=0.5)`, `foveate.compress("in.png", budget="0.5 bpp")`
 * model: `foveate.create("espcn", scale=3)`
 * plugin: `handle = foveate.apply(model, "fastv", budget=0.5)`
 * any: `foveate.prove("pcsr")` re-runs its headline claim; `foveate.list_systems()` says what there is
@@ -18,17 +18,21 @@ if TYPE_CHECKING:
 
     from foveate import errors as errors
     from foveate.catalog import Card
+    from foveate.compress.verbs import compress as compress
+    from foveate.compress.verbs import decompress as decompress
     from foveate.engine.budget import Budget as Budget
     from foveate.proofs import Evidence
     from foveate.restore.upscale import upscale as upscale
 
 __version__ = "0.1.0"
 
-__all__ = ["Budget", "apply", "create", "errors", "list_systems", "prove", "upscale"]
+__all__ = ["Budget", "apply", "compress", "create", "decompress", "errors", "list_systems", "prove", "upscale"]
 
 # Public name -> (module, attribute); an empty attribute means the module itself.
 _LAZY = {
     "Budget": ("foveate.engine.budget", "Budget"),
+    "compress": ("foveate.compress", ""),  # the package, which can be called
+    "decompress": ("foveate.compress.verbs", "decompress"),
     "errors": ("foveate.errors", ""),
     "upscale": ("foveate.restore.upscale", "upscale"),
 }

@@ -35,3 +35,7 @@ class WeightsError(FoveateError, ValueError):
 
 class PictureError(InputError):
     """A picture file that cannot be read or written."""
+
+
+class BitstreamError(InputError):
+    """A compressed file that is truncated, damaged, foreign, or made by a newer foveate."""

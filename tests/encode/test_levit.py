@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from foveate.encode.levit import SIZES, LeViT, Residual, choose_size
+from foveate.encode.levit import SIZES, LeViT, choose_size
 from foveate.errors import BudgetError, InputError
 from foveate.layers.distance_attention import Attention, LinearNorm, ShrinkingAttention
+from foveate.layers.residual import Residual
 from foveate.meter import count_flops, count_parameters
 
 TINY = {

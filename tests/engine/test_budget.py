@@ -34,6 +34,9 @@ from foveate.errors import BudgetError, InputError
         ("2 KiB", 2048.0, "bytes"),
         ("1e3 bytes", 1000.0, "bytes"),
         ("12 B", 12.0, "bytes"),
+        ("1 gaussian", 1.0, "gaussians"),
+        ("2000 Gaussians", 2000.0, "gaussians"),
+        ("30 s", 30e3, "ms"),
     ],
 )
 def test_reads_what_people_write(written, amount, unit):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from foveate.errors import InputError
-from foveate.meter import Measurement, cost, count_parameters, measure, peak_memory, time_call
+from foveate.meter import Measurement, cost, count_parameters, measure, peak_memory, stored_bytes, time_call
 
 MEGABYTE = 1 << 20
 
@@ -132,3 +132,11 @@ def test_packages_are_read_from_powercap_and_their_parts_are_not(tmp_path):
 def test_errors_quote_what_was_passed(call, words):
     with pytest.raises(InputError, match=words):
         call()
+
+
+def test_stored_bytes_are_those_that_backward_needs() -> None:
+    linear, x = nn.Linear(8, 3), torch.rand(5, 8)
+    assert stored_bytes(linear, x) == 4 * x.numel()
+    assert stored_bytes(nn.ReLU(), x) == 4 * x.numel()
+    assert stored_bytes(nn.Sequential(linear, nn.ReLU()), x) == 4 * (x.numel() + 15)
+    assert stored_bytes(nn.Identity(), x) == 0

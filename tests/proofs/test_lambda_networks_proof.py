@@ -5,10 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foveate.meter import Comparison
+from foveate.meter import Comparison, stored_bytes
 from foveate.proofs import ProofContext
 from foveate.proofs.encode import lambda_networks as proof
-from foveate.proofs.encode.wavemix import stored_bytes
 
 
 def test_the_proof_runs(monkeypatch: pytest.MonkeyPatch) -> None:

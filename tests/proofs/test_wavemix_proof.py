@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch import nn
 
 from foveate.meter import Comparison, count_parameters
 from foveate.proofs import ProofContext
@@ -53,16 +52,6 @@ def test_the_proof_runs(mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert wave["gmacs"] < deep["gmacs"] < residual["gmacs"]
     theirs, ours = (row.metrics["parameters"] for row in evidence.rows[-2:])
     assert 0.95 * ours < theirs <= ours
-
-
-def test_stored_bytes_are_those_that_backward_needs() -> None:
-    linear, x = nn.Linear(8, 3), torch.rand(5, 8)
-    assert proof.stored_bytes(linear, x) == 4 * x.numel()
-    assert proof.stored_bytes(nn.ReLU(), x) == 4 * x.numel()
-    assert proof.stored_bytes(nn.Sequential(linear, nn.ReLU()), x) == 4 * (x.numel() + 15)
-    assert proof.stored_bytes(nn.Identity(), x) == 0
-    maps = 4 * 64 * 8 * 8  # of 64 channels: the input, two convolutions' outputs and two rectified ones
-    assert proof.stored_bytes(proof.BasicBlock(64), torch.rand(1, 64, 8, 8)) == pytest.approx(5 * maps, rel=0.02)
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.floats(-10, 10))

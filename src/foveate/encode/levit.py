@@ -31,7 +31,7 @@ from foveate.layers import fold
 from foveate.layers.classifier import ImageClassifier
 from foveate.layers.distance_attention import Attention, LinearNorm, ShrinkingAttention
 from foveate.layers.fold import ConvNorm, NormLinear
-from foveate.layers.residual import add_
+from foveate.layers.residual import Residual
 
 SIZES: dict[str, dict[str, Any]] = {
     "128s": {"embed_dims": (128, 256, 384), "key_dim": 16, "num_heads": (4, 6, 8), "depths": (2, 3, 4)},
@@ -55,21 +55,6 @@ _TIMM_NAMES = {
     r"\.ln2\.": ".2.",
 }
 """From timm's names to the official ones, but for the place of a block, which becomes numbers in the right order."""
-
-
-class Residual(nn.Module):
-    """x + m(x); in training, m is left out for a share `drop` of the pictures. Shape: [B, H, W, C] -> the same."""
-
-    def __init__(self, m: nn.Module, drop: float = 0.0) -> None:
-        super().__init__()
-        self.m, self.drop = m, drop
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.m(x)
-        if self.training and self.drop:
-            kept = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop
-            y = y * (kept / (1 - self.drop)).to(y.dtype)
-        return add_(y, x)
 
 
 class LeViT(ImageClassifier):

@@ -25,10 +25,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from foveate.encode.levit import Residual
 from foveate.errors import InputError, WeightsError
 from foveate.layers.classifier import ImageClassifier
 from foveate.layers.fold import ConvNorm, fold_bn_before, fuse, merge_convs
+from foveate.layers.residual import Residual
 from foveate.ops.large_depthwise import large_depthwise
 
 _BASE: dict[str, Any] = {"depths": (2, 2, 18, 2), "kernels": (31, 29, 27, 13), "small": 5, "ratio": 1.0}

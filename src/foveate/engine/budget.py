@@ -16,10 +16,10 @@ from typing import Self
 
 from foveate.errors import BudgetError, InputError
 
-UNITS = ("share", "gflops", "ms", "tokens", "bpp", "bytes")
-EXAMPLES = "0.5, '50%', '20 GFLOPs', '35 ms', '64 tokens', '0.5 bpp' or '200 kB'"
+UNITS = ("share", "gflops", "ms", "tokens", "bpp", "bytes", "gaussians")
+EXAMPLES = "0.5, '50%', '20 GFLOPs', '35 ms', '64 tokens', '0.5 bpp', '200 kB' or '2000 gaussians'"
 
-_LABELS = {"gflops": "GFLOPs", "ms": "ms", "tokens": "tokens", "bpp": "bpp", "bytes": "bytes"}
+_LABELS = {unit: unit for unit in UNITS[1:]} | {"gflops": "GFLOPs"}
 _NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*(.*?)\s*", re.IGNORECASE)
 _BITS_OR_BYTES = re.compile(r"[kKmMgG]i?b")
 
@@ -47,6 +47,8 @@ _ALIASES: dict[str, tuple[str, float]] = {
     "kib": ("bytes", 2.0**10),
     "mib": ("bytes", 2.0**20),
     "gib": ("bytes", 2.0**30),
+    "gaussian": ("gaussians", 1.0),
+    "gaussians": ("gaussians", 1.0),
 }
 for _prefix, _giga in {"": 1e-9, "k": 1e-6, "m": 1e-3, "g": 1.0, "t": 1e3, "p": 1e6}.items():
     for _word, _operations in {"flop": 1.0, "flops": 1.0, "mac": 2.0, "macs": 2.0}.items():
@@ -59,7 +61,8 @@ class Budget:
 
     Args:
         amount: how much, greater than 0; a share is at most 1.
-        unit: one of "share" (default), "gflops", "ms", "tokens", "bpp" (bits per pixel), "bytes".
+        unit: one of "share" (default), "gflops", "ms", "tokens", "bpp" (bits per pixel), "bytes",
+            "gaussians" (primitives of a picture made of them).
 
     Raises: BudgetError when the amount is not a positive finite number, a share exceeds 1, or the unit is unknown.
 
@@ -90,8 +93,8 @@ class Budget:
 
         Args:
             x: a Budget (returned as it is), a share in (0, 1], or text with a unit such as "50%", "20 GFLOPs",
-                "500 MFLOPs", "35 ms", "0.2 s", "64 tokens", "0.5 bpp", "200 kB", "1 MiB". Case does not matter, but
-                for the b of kB: a small one may mean bits.
+                "500 MFLOPs", "35 ms", "0.2 s", "64 tokens", "0.5 bpp", "200 kB", "1 MiB", "2000 gaussians". Case does
+                not matter, but for the b of kB: a small one may mean bits.
 
         Raises: BudgetError when it cannot be read.
         """

@@ -1,4 +1,4 @@
-"""Residual blocks of super-resolution networks (no normalisation, which would wash out the picture's contrast)."""
+"""Residual branches, and the residual block of super-resolution networks."""
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,24 @@ def add_(x: Tensor, y: Tensor) -> Tensor:
 def relu_(x: Tensor) -> Tensor:
     """ReLU; in place when no gradient can be asked for."""
     return x.relu_() if not torch.is_grad_enabled() else F.relu(x)
+
+
+class Residual(nn.Module):
+    """x + m(x); in training, m is left out for a share `drop` of the pictures (stochastic depth, arXiv:1603.09382).
+
+    Shape: [B, ...] of four axes -> the same.
+    """
+
+    def __init__(self, m: nn.Module, drop: float = 0.0) -> None:
+        super().__init__()
+        self.m, self.drop = m, drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.m(x)
+        if self.training and self.drop:
+            kept = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop
+            y = y * (kept / (1 - self.drop)).to(y.dtype)
+        return add_(y, x)
 
 
 class ResidualBlock(nn.Module):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from foveate.meter.comparison import Comparison, compare, slope
-    from foveate.meter.cost import Measurement, count_parameters, measure, peak_memory, time_call
+    from foveate.meter.cost import Measurement, count_parameters, measure, peak_memory, stored_bytes, time_call
     from foveate.meter.flops import by_module, count_flops, register
     from foveate.meter.quality import ms_ssim, psnr, psnr_y, ssim
 
@@ -20,6 +20,7 @@ _HOME = {
     "count_parameters": "cost",
     "measure": "cost",
     "peak_memory": "cost",
+    "stored_bytes": "cost",
     "time_call": "cost",
     "Comparison": "comparison",
     "compare": "comparison",
@@ -45,6 +46,7 @@ __all__ = [
     "register",
     "slope",
     "ssim",
+    "stored_bytes",
     "time_call",
 ]
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from foveate.errors import InputError
 from foveate.meter.flops import count_flops
@@ -125,6 +125,21 @@ def peak_memory(fn: Callable[[], Any]) -> int | None:
         on_device = torch.cuda.max_memory_allocated() - held
         return on_device if on_device > 0 else resident
     return resident
+
+
+def stored_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes that a forward pass in training keeps for the backward pass: storages, without parameters and buffers."""
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t  # holding it, so that its address is not used again
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = module.train()(x.clone().requires_grad_())
+    del y
+    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
 
 
 def energy_counters(powercap: Path = Path("/sys/class/powercap")) -> list[EnergyCounter]:

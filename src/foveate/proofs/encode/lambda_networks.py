@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from foveate.encode.lambda_networks import LambdaLayer, LambdaResNet
 from foveate.learn.fit import fit
-from foveate.meter import Comparison, compare, count_flops, count_parameters
-from foveate.proofs.encode.wavemix import stored_bytes
+from foveate.meter import Comparison, compare, count_flops, count_parameters, stored_bytes
 from foveate.proofs.evidence import Evidence, ProofContext, Row
 
 DIM, HEADS, KEY, REACH = 256, 8, 16, 23

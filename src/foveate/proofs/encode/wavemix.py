@@ -22,7 +22,7 @@ from foveate.data.labelled import read_archive, standardised
 from foveate.encode.wavemix import PatchStem, WaveBlock, WaveMix
 from foveate.layers.classifier import ImageClassifier
 from foveate.learn.fit import fit
-from foveate.meter import Comparison, compare, count_flops, count_parameters
+from foveate.meter import Comparison, compare, count_flops, count_parameters, stored_bytes
 from foveate.proofs.evidence import Evidence, ProofContext, Row
 
 CHANNELS, MAP = 64, 64
@@ -147,21 +147,6 @@ def gmacs(module: nn.Module, x: Tensor) -> float:
     """Billions of multiply-accumulates."""
     with torch.no_grad():
         return count_flops(module.eval(), x) / 2e9
-
-
-def stored_bytes(module: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward pass in training keeps for the backward pass: storages, without parameters and buffers."""
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    kept: dict[int, Tensor] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t  # holding it, so that its address is not used again
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        y = module.train()(x.clone().requires_grad_())
-    del y
-    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
 
 
 def race(baseline: nn.Module, network: nn.Module, x: Tensor, pairs: int = 7) -> Comparison:
