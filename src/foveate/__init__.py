@@ -11,6 +11,7 @@ Nothing heavy is imported until it is used: `import foveate` alone does not load
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -107,9 +108,11 @@ def create(name: str, pretrained: bool = False, **config: Any) -> Any:
 def apply(model: Any, name: str, budget: "Budget | float | str" = 0.5, **config: Any) -> Any:
     """Make a model you already have adaptive.
 
+    Some models and tools can also change a model that is there; they offer a function `plugin` beside their entry.
+
     Args:
         model: the model, changed in place.
-        name: the plugin's name, as `foveate list --kind plugin` shows it.
+        name: the system's name, as `foveate list --kind plugin` shows it.
         budget: what the changed model may spend, e.g. 0.5, "50%", "64 tokens".
         config: the plugin's further settings.
 
@@ -121,12 +124,14 @@ def apply(model: Any, name: str, budget: "Budget | float | str" = 0.5, **config:
     from foveate.errors import InputError
 
     card = catalog.card(name)
+    target = card.target()
     if card.kind != "plugin":
+        target = getattr(sys.modules[target.__module__], "plugin", None)
+    if target is None:
         call = _import_line(card) if card.kind == "tool" else f'foveate.create("{card.slug}", ...)'
         if card.kind == "job":
             call = f"the commands that `foveate show {card.slug}` lists"
         raise InputError(f"{card.slug} is a {card.kind}, not a plugin: it does not change another model. Use {call}.")
-    target = card.target()
     settings = {"budget": Budget.parse(budget), **config}
     _check_settings(card, target, model, **settings)
     return target(model, **settings)

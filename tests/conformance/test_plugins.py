@@ -1,6 +1,7 @@
 """Laws of plugins: they change a host as far as the budget says, and give it back bit for bit."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from foveate.engine.budget import Budget
 from foveate.errors import BudgetError
 from foveate.meter import count_flops
+from foveate.ops.scatter_experts import scatter_experts
 
 
 def specimen(model: nn.Module, budget: Budget) -> Any:
@@ -28,7 +30,7 @@ def conformance_example() -> tuple[nn.Module, tuple[Tensor]]:
     return nn.Linear(4, 4).eval(), (torch.rand(2, 8, 4),)
 
 
-SPECIMENS: list[Callable[..., Any]] = [specimen]
+SPECIMENS: list[Callable[..., Any]] = [specimen, *([scatter_experts] if find_spec("transformers") else [])]
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foveate.engine.budget import Budget
 from foveate.engine.route import Route
+from foveate.engine.surgery import Handle
 from foveate.errors import InputError
 from foveate.ops.grouped_linear import grouped_linear
 
@@ -242,3 +244,18 @@ def _routed(x: Tensor, gate: Tensor, expert: Tensor, experts: int) -> tuple[Tens
     if flat.shape[1] > 1 and bool((flat.sort(-1).values.diff(dim=-1) == 0).any()):
         raise InputError("expert names one expert twice for a token; choose the k of a token without repetition.")
     return x.flatten(0, -2), gate.flatten(0, -2), Route.of(flat, experts)
+
+
+def plugin(model: nn.Module, budget: Budget | float | str = 1.0) -> Handle:
+    """Let the experts of a model that is there run this way; see `foveate.ops.scatter_experts.scatter_experts`."""
+    from foveate.ops.scatter_experts import scatter_experts
+
+    return scatter_experts(model, budget)
+
+
+def conformance_example() -> tuple[nn.Module, tuple[Tensor, Tensor, Tensor]]:
+    """A small double-precision mixture and its tokens."""
+    mlp = MoEMLP(6, 8, experts=4, gated=True, bias=True).double()
+    x = torch.rand(5, 6, dtype=torch.float64, requires_grad=True)
+    gate, expert, _ = choose(torch.randn(5, 4, dtype=torch.float64), k=2)
+    return mlp, (x, gate.requires_grad_(), expert)
