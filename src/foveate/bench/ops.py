@@ -60,7 +60,7 @@ def dwt(dice: Generator, side: int) -> Case:
     """Three levels of the Haar transform, against PyWavelets where it is installed."""
     others = {}
     try:
-        import pywt  # type: ignore[import-untyped]
+        import pywt
     except ImportError:
         pass
     else:

@@ -14,8 +14,8 @@ with sums in float32. The k results of an item are added in order, not by atomic
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from foveate.ops.tile import launch

@@ -5,7 +5,7 @@ Everything is float32 and in blocks of LANES channels, [blocks, rows, columns, L
 
 import numba
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 

@@ -77,7 +77,7 @@ def _triton_there() -> bool:
 def _interpreter_there() -> bool:
     if not _triton_there():
         return False
-    from triton import language  # type: ignore[import-untyped]
-    from triton.runtime.interpreter import InterpretedFunction  # type: ignore[import-untyped]
+    from triton import language
+    from triton.runtime.interpreter import InterpretedFunction
 
     return isinstance(language.cdiv, InterpretedFunction)

@@ -20,8 +20,8 @@ loading. The interpreter cannot compute in bfloat16, so there it is float32.
 """
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
 LOG2_E = 1.4426950408889634
 """exp(x) = exp2(x * LOG2_E); hardware has exp2."""

@@ -4,8 +4,8 @@
 Every tensor is [heads, tokens, channels], contiguous. `scale` holds log2(e); `count` [heads] says how many keys count.
 """
 
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
 from foveate.ops.tile import vocabulary as tiles
 

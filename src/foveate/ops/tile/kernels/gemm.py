@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs
 """out = act(a b + bias) by programs that each take every P-th output tile, in super-M order."""
 
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
 from foveate.ops.tile import vocabulary as tiles
 

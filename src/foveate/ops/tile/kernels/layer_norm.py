@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs
 """Residual, dropout and LayerNorm of whole rows; programs take every P-th row, and add up what weights get."""
 
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
 from foveate.ops.tile import vocabulary as tiles
 

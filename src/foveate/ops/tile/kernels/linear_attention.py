@@ -5,8 +5,8 @@ Tensors are [heads, tokens, channels], contiguous; out [blocks of key channels, 
 what each block of key channels adds. REVERSE walks from the last token to the first.
 """
 
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
 from foveate.ops.tile import vocabulary as tiles
 

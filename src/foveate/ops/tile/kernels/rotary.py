@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs
 """Rotary positions: each program turns some tokens of one head."""
 
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
 from foveate.ops.tile import vocabulary as tiles
 

@@ -5,8 +5,8 @@ Forward keeps the state before every T-th token in `starts`. Backward walks over
 it runs a chunk forward again from there, leaves its states in `scratch`, and then goes back through them.
 """
 
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
 from foveate.ops.tile import vocabulary as tiles
 
