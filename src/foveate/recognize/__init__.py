@@ -1,0 +1,1 @@
+"""Recognise: what is in a picture, and where."""
