@@ -1,7 +1,7 @@
 """One thread for all tests: small tensors gain nothing from more, and results stay the same on every machine.
 
-Triton decides while it is imported whether it compiles or interprets, and parts of PyTorch import it; so it is told here
-to interpret, unless a GPU can run the same tests compiled.
+Triton decides while it is imported whether it compiles or interprets, and parts of PyTorch import it; so it is told
+here to interpret, unless a GPU can run the same tests compiled.
 """
 
 import os
