@@ -1,0 +1,135 @@
+"""Numbers to few whole numbers and back, with gradients that pass through.
+
+    round_through   rounds forwards, the identity backwards (straight-through, Bengio et al. 2013, arXiv:1308.3432)
+    Affine          q = round(clamp((x - offset) / step, 0, 2^b - 1)), x^ = q step + offset, step and offset per channel
+                    learned
+    ResidualVQ      M codebooks in turn, each for what those before left over; x^ is the sum of M codewords. Codewords
+                    follow the mean of what they stand for (k-means, then an exponential moving average).
+
+Each has `codes`, `values` (of codes) and a call that gives the quantised numbers with gradients.
+"""
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from foveate.errors import InputError
+
+
+def round_through(x: Tensor) -> Tensor:
+    """Round; gradients pass as if nothing had happened."""
+    return x + (x.round() - x).detach()
+
+
+class Affine:
+    """A uniform quantiser for each channel.
+
+    Args:
+        step, offset: of each channel, [K].
+        bits: b, codes are 0 to 2^b - 1.
+    """
+
+    def __init__(self, step: Tensor, offset: Tensor, bits: int) -> None:
+        self.step, self.offset, self.bits = step, offset, bits
+        self.top = 2**bits - 1
+
+    @classmethod
+    def of(cls, values: Tensor, bits: int, outside: float = 0.0) -> Self:
+        """Span the range of values [N, K], but for the share `outside` at either end.
+
+        >>> Affine.of(torch.tensor([[0.0], [3.0]]), 2).codes(torch.tensor([[0.9], [9.0]])).tolist()
+        [[1], [3]]
+        """
+        if not 1 <= bits <= 16 or values.dim() != 2 or not len(values):
+            raise InputError(f"Affine quantises [N, K] to 1..16 bits, got {tuple(values.shape)} and {bits}.")
+        ordered = values.detach().sort(0).values
+        cut = int(outside * len(values))
+        low, high = ordered[cut], ordered[len(values) - 1 - cut]
+        return cls(((high - low) / (2**bits - 1)).clamp_min(1e-6), low.clone(), bits)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """x^ with gradients to values, step and offset."""
+        return round_through(((values - self.offset) / self.step).clamp(0, self.top)) * self.step + self.offset
+
+    def codes(self, values: Tensor) -> Tensor:
+        """Whole numbers. Shape: [N, K] -> [N, K] int64."""
+        return ((values.detach() - self.offset) / self.step).clamp(0, self.top).round().long()
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What codes stand for. Shape: [N, K] -> [N, K]."""
+        return codes * self.step + self.offset
+
+
+class ResidualVQ:
+    """Codebooks in turn.
+
+    Args:
+        words: [M, B, D].
+        decay: of the moving average.
+    """
+
+    def __init__(self, words: Tensor, decay: float = 0.8) -> None:
+        self.words, self.decay = words, decay
+        stages, size, _ = words.shape
+        self._mass = words.new_ones(stages, size)
+        self._sums = words.clone()
+
+    @classmethod
+    def of(cls, values: Tensor, stages: int, size: int, generator: torch.Generator, rounds: int = 10) -> Self:
+        """Codebooks by k-means on values [N, D] and what remains of them."""
+        books, rest = [], values.detach()
+        for _ in range(stages):
+            book = kmeans(rest, size, generator, rounds)
+            rest = rest - book[_nearest(rest, book)]
+            books.append(book)
+        return cls(torch.stack(books))
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """x^, gradients pass to the values."""
+        return values + (self.values(self.codes(values)) - values).detach()
+
+    def codes(self, values: Tensor) -> Tensor:
+        """The nearest codeword of each stage. Shape: [N, D] -> [N, M] int64."""
+        rest, codes = values.detach(), []
+        for book in self.words:
+            codes.append(_nearest(rest, book))
+            rest = rest - book[codes[-1]]
+        return torch.stack(codes, 1)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Sums of codewords. Shape: [N, M] -> [N, D]."""
+        return torch.stack([book[code] for book, code in zip(self.words, codes.unbind(1), strict=True)]).sum(0)
+
+    def follow(self, values: Tensor) -> None:
+        """Move codewords towards the mean of what they stand for now."""
+        rest = values.detach()
+        for m, book in enumerate(self.words):
+            code = _nearest(rest, book)
+            chosen = book[code]
+            mass = torch.bincount(code, minlength=len(book)).to(rest)
+            sums = torch.zeros_like(book).index_add_(0, code, rest)
+            self._mass[m].lerp_(mass, 1 - self.decay)
+            self._sums[m].lerp_(sums, 1 - self.decay)
+            rest = rest - chosen
+            seen = self._mass[m] > 1e-3
+            book[seen] = self._sums[m][seen] / self._mass[m][seen, None]
+
+
+def kmeans(values: Tensor, size: int, generator: torch.Generator, rounds: int = 10) -> Tensor:
+    """Lloyd's algorithm from distant first centres (k-means++). Shape: [N, D] -> [size, D]."""
+    book = values[torch.randint(len(values), (1,), generator=generator)]
+    for _ in range(size - 1):
+        distance = torch.cdist(values, book).amin(1).square()
+        weight = distance if distance.sum() > 0 else torch.ones_like(distance)
+        book = torch.cat([book, values[torch.multinomial(weight, 1, generator=generator)]])
+    for _ in range(rounds):
+        code = _nearest(values, book)
+        mass = torch.bincount(code, minlength=size).to(values)
+        sums = torch.zeros_like(book).index_add_(0, code, values)
+        book = torch.where(mass[:, None] > 0, sums / mass[:, None].clamp_min(1), book)
+    return book
+
+
+def _nearest(values: Tensor, book: Tensor) -> Tensor:
+    return torch.cdist(values, book).argmin(1)
