@@ -30,8 +30,8 @@ def forward(centres: Tensor, conics: Tensor, colours: Tensor, way: "Way") -> tup
     sums, thresholds = centres.new_empty(2, height, width)
     shapes, members, first = _bins(centres, conics, way)
     launch(
-        _draw, (len(first) - 1,), shapes, members, first, colours.contiguous(), out, sums, thresholds, *_places(way, centres.device),
-        height, width, way.reach**2 / 2, way.eps, C=colours.shape[1], K=way.k if way.mode == "topk" else 0,
+        _draw, (len(first) - 1,), shapes, members, first, colours.contiguous(), out, sums, thresholds,
+        *_places(way, centres.device), height, width, way.reach**2 / 2, way.eps, C=colours.shape[1], K=way.k if way.mode == "topk" else 0,
         SLOTS=triton.next_power_of_2(way.k + 1), CP=triton.next_power_of_2(colours.shape[1]), SIDE=_SIDE,
     )  # fmt: skip
     return out, (sums, thresholds)
@@ -51,8 +51,8 @@ def backward(
     shapes, members, first = _bins(centres, conics, way)
     shares = centres.new_empty(len(members), c + 5)
     launch(
-        _gather, (len(first) - 1,), shapes, members, first, colours.contiguous(), grad.contiguous(), offset, thresholds, shares,
-        *_places(way, centres.device), way.grid.height, way.grid.width, way.reach**2 / 2,
+        _gather, (len(first) - 1,), shapes, members, first, colours.contiguous(), grad.contiguous(), offset,
+        thresholds, shares, *_places(way, centres.device), way.grid.height, way.grid.width, way.reach**2 / 2,
         C=c, TOPK=topk, CP=triton.next_power_of_2(c), SIDE=_SIDE,
     )  # fmt: skip
     total = centres.new_zeros(len(centres), c + 5).index_add_(0, members.long(), shares)
