@@ -31,7 +31,8 @@ def forward(centres: Tensor, conics: Tensor, colours: Tensor, way: "Way") -> tup
     shapes, members, first = _bins(centres, conics, way)
     launch(
         _draw, (len(first) - 1,), shapes, members, first, colours.contiguous(), out, sums, thresholds,
-        *_places(way, centres.device), height, width, way.reach**2 / 2, way.eps, C=colours.shape[1], K=way.k if way.mode == "topk" else 0,
+        *_places(way, centres.device),
+        height, width, way.reach**2 / 2, way.eps, C=colours.shape[1], K=way.k if way.mode == "topk" else 0,
         SLOTS=triton.next_power_of_2(way.k + 1), CP=triton.next_power_of_2(colours.shape[1]), SIDE=_SIDE,
     )  # fmt: skip
     return out, (sums, thresholds)
