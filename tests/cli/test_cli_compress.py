@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,15 @@ def test_a_damaged_file_is_refused_before_anything_is_written(photo: Path, tmp_p
     assert not (tmp_path / "out.png").exists()
 
 
-def test_the_first_interruption_is_a_wish_and_the_second_is_not() -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as in a terminal; a shell starts what runs in its background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_interruption_is_a_wish_and_the_second_is_not(interruptible: None) -> None:
     assert threading.current_thread() is threading.main_thread()
     said: list[str] = []
     with _stopping(said.append) as asked:
@@ -121,7 +130,7 @@ def test_the_first_interruption_is_a_wish_and_the_second_is_not() -> None:
 
 
 def test_an_encoder_that_is_interrupted_leaves_a_valid_file(
-    photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    interruptible: None, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from foveate.compress import verbs
 

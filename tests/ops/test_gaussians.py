@@ -83,21 +83,20 @@ def test_the_fast_path_equals_the_reference_forwards_and_backwards(count, height
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_triton_equals_the_compiled_path(interpreted, mode):
+def test_triton_equals_the_compiled_path(interpreted, mode, monkeypatch):
     from foveate.ops import _gaussians_cpu, _gaussians_triton
 
-    centres, conics, colours = (t.float() for t in some(20, 20, 35, 3))
-    conics[4] = torch.tensor([1.0, 2.0, 1.0])
-    way = ops.Way(Grid(20, 35, row=2, dx=1.5), mode, 3, 1e-4, {"sum": 6.0, "cut": reach_of(1 / 255), "topk": 4.0}[mode])
-    expected, kept = _gaussians_cpu.forward(centres, conics, colours, way)
-    there = [t.to(interpreted) for t in (centres, conics, colours)]
-    found, triton_kept = _gaussians_triton.forward(*there, way)
-    torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-4)
+    gaussians = [t.float() for t in some(20, 20, 35, 3)]
+    gaussians[1][4] = torch.tensor([1.0, 2.0, 1.0])
     upstream = torch.randn(3, 20, 35, generator=torch.Generator().manual_seed(0))
-    first = _gaussians_cpu.backward(centres, conics, colours, way, upstream, (expected, *kept))
-    second = _gaussians_triton.backward(*there, way, upstream.to(interpreted), (found, *triton_kept))
-    for a, b in zip(first, second, strict=True):
-        torch.testing.assert_close(b.cpu(), a, atol=1e-4 * float(a.abs().max()), rtol=1e-3)
+    found = []
+    for engine, device in ((_gaussians_cpu, "cpu"), (_gaussians_triton, interpreted)):
+        monkeypatch.setattr(ops, "_engine", lambda *_, engine=engine: engine)
+        leaves = [t.to(device).requires_grad_() for t in gaussians]
+        out = render(*leaves, Grid(20, 35, row=2, dx=1.5), mode, k=3)
+        found.append([t.cpu() for t in (out.detach(), *torch.autograd.grad(out, leaves, upstream.to(device)))])
+    for expected, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, expected, atol=1e-4 * max(1, float(expected.abs().max())), rtol=1e-3)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -102,7 +102,13 @@ def inspect(
     prefix: Annotated[bool, typer.Option("--prefix", help="Accept a file cut off.")] = False,
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """Say what is inside a compressed file; nothing is decoded."""
+    """Say what is inside a compressed file; nothing is decoded.
+
+    \b
+    Examples:
+      foveate inspect photo.fov
+      foveate inspect half-loaded.fov --prefix --json
+    """
     from foveate.compress.container import Container, header_length
     from foveate.compress.verbs import read_file
 

@@ -9,7 +9,6 @@ exp(-s) = (exp(-s / 32))^32 for s <= 18, the inner one by five terms of its seri
 Signs of floats that are not negative order as those of whole numbers do, and v ^ o ^ max(v, o) is min(v, o).
 """
 
-from collections.abc import Sequence
 from math import ceil, floor, sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -32,41 +31,46 @@ _vector: Any = numba.njit(nogil=True, cache=True, fastmath={"contract", "nsz", "
 Array = npt.NDArray[Any]
 
 
-def forward(centres: Tensor, conics: Tensor, colours: Tensor, way: "Way") -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Draw. Returns the picture [C, H, W], and for "topk" the sums of weights and the thresholds, [H, W] each."""
+def draw(centres: Tensor, conics: Tensor, colours: Tensor, way: "Way") -> tuple[Tensor, Tensor, Tensor]:
+    """The picture [C, H, W], and for "topk" the sums of weights and the thresholds, [H, W] each."""
     places = _Places(centres, conics, way)
     height, width = way.grid.height, way.grid.width
-    out = torch.empty(colours.shape[1], height, width)
     topk = way.mode == "topk"
+    out = torch.empty(colours.shape[1], height, width)
     sums, thresholds = torch.empty(2, height, width) if topk else torch.empty(2, 1, 1)
     rest = (colours.detach().contiguous().numpy(), topk, way.k, way.eps)
     targets = (out.numpy(), sums.numpy(), thresholds.numpy())
     in_parts(lambda a, b: _draw(*places.arrays, *rest, a, b, *targets), places.tiles, 2)
-    return out, (sums, thresholds)
+    return out, sums, thresholds
 
 
-def backward(
-    centres: Tensor, conics: Tensor, colours: Tensor, way: "Way", grad: Tensor, kept: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of centres, conics and colours. `kept`: for "topk" the picture, sums and thresholds of `forward`."""
+def gather(
+    centres: Tensor,
+    conics: Tensor,
+    colours: Tensor,
+    way: "Way",
+    upstream: Tensor,
+    offset: Tensor | None,
+    thresholds: Tensor | None,
+) -> Tensor:
+    """Sums over pixels of a r and of e d_x, e d_y, e d_x d_x, e d_x d_y, e d_y d_y for each Gaussian.
+
+    Args:
+        upstream: r, see `foveate.ops.gaussians._Rendered`.
+        offset, thresholds: t and what `draw` gave, for "topk".
+
+    Shape: upstream [C, H, W], offset and thresholds [H, W] -> [N, C + 5].
+    """
     places = _Places(centres, conics, way)
-    topk = way.mode == "topk"
-    if topk:
-        out, sums, thresholds = kept
-        grad = grad / (way.eps + sums)
-        offset = (grad * out).sum(0)
-    else:
-        offset = thresholds = torch.empty(1, 1)
-    c = colours.shape[1]
-    shares = np.empty((len(places.pairs), c + 5), np.float32)
-    sources = [t.detach().contiguous().numpy() for t in (colours, grad, offset, thresholds)]
+    none = torch.empty(1, 1)
+    given = (colours, upstream, none if offset is None else offset, none if thresholds is None else thresholds)
+    sources = [t.detach().contiguous().numpy() for t in given]
+    shares = np.empty((len(places.pairs), colours.shape[1] + 5), np.float32)
+    topk = offset is not None
     in_parts(lambda a, b: _gather(*places.arrays, *sources, topk, a, b, shares), places.tiles, 2)
-    total = np.zeros((len(centres), c + 5), np.float32)
+    total = np.zeros((len(centres), shares.shape[1]), np.float32)
     _add(places.pairs, shares, total)
-    x, y, xx, xy, yy = torch.from_numpy(total[:, c:]).unbind(1)
-    a, b, d = conics.unbind(1)
-    moved = torch.stack([a * x + b * y, b * x + d * y], 1)
-    return moved, torch.stack([-xx / 2, -xy, -yy / 2], 1), torch.from_numpy(total[:, :c])
+    return torch.from_numpy(total)
 
 
 class _Places:

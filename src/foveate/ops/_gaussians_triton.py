@@ -6,7 +6,6 @@ the k + 1 largest weights of its pixels, replacing the least; the threshold lies
 what each pair adds and sums it per Gaussian afterwards.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from foveate.ops.gaussians import drawn
-from foveate.ops.tile import launch
+from foveate.ops.tile import launch, power_of_two
 
 if TYPE_CHECKING:
     from foveate.ops.gaussians import Way
@@ -23,44 +22,41 @@ if TYPE_CHECKING:
 _SIDE = 16
 
 
-def forward(centres: Tensor, conics: Tensor, colours: Tensor, way: "Way") -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Draw. Returns the picture [C, H, W], and for "topk" the sums of weights and the thresholds, [H, W] each."""
-    height, width = way.grid.height, way.grid.width
-    out = centres.new_empty(colours.shape[1], height, width)
+def draw(centres: Tensor, conics: Tensor, colours: Tensor, way: "Way") -> tuple[Tensor, Tensor, Tensor]:
+    """The picture [C, H, W], and for "topk" the sums of weights and the thresholds, [H, W] each."""
+    height, width, channels = way.grid.height, way.grid.width, colours.shape[1]
+    out = centres.new_empty(channels, height, width)
     sums, thresholds = centres.new_empty(2, height, width)
     shapes, members, first = _bins(centres, conics, way)
     launch(
         _draw, (len(first) - 1,), shapes, members, first, colours.contiguous(), out, sums, thresholds,
-        *_places(way, centres.device),
-        height, width, way.reach**2 / 2, way.eps, C=colours.shape[1], K=way.k if way.mode == "topk" else 0,
-        SLOTS=triton.next_power_of_2(way.k + 1), CP=triton.next_power_of_2(colours.shape[1]), SIDE=_SIDE,
+        *_places(way, centres.device), height, width, way.reach**2 / 2, way.eps,
+        C=channels, K=way.k if way.mode == "topk" else 0, SLOTS=power_of_two(way.k + 1, 2),
+        CP=power_of_two(channels, 1), SIDE=_SIDE,
     )  # fmt: skip
-    return out, (sums, thresholds)
+    return out, sums, thresholds
 
 
-def backward(
-    centres: Tensor, conics: Tensor, colours: Tensor, way: "Way", grad: Tensor, kept: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of centres, conics and colours. `kept`: for "topk" the picture, sums and thresholds of `forward`."""
-    topk, c = way.mode == "topk", colours.shape[1]
-    if topk:
-        out, sums, thresholds = kept
-        grad = grad / (way.eps + sums)
-        offset = (grad * out).sum(0)
-    else:
-        offset = thresholds = grad
+def gather(
+    centres: Tensor,
+    conics: Tensor,
+    colours: Tensor,
+    way: "Way",
+    upstream: Tensor,
+    offset: Tensor | None,
+    thresholds: Tensor | None,
+) -> Tensor:
+    """What `foveate.ops._gaussians_cpu.gather` gives. Shape: upstream [C, H, W] -> [N, C + 5]."""
+    channels = colours.shape[1]
     shapes, members, first = _bins(centres, conics, way)
-    shares = centres.new_empty(len(members), c + 5)
+    shares = centres.new_empty(len(members), channels + 5)
     launch(
-        _gather, (len(first) - 1,), shapes, members, first, colours.contiguous(), grad.contiguous(), offset,
-        thresholds, shares, *_places(way, centres.device), way.grid.height, way.grid.width, way.reach**2 / 2,
-        C=c, TOPK=topk, CP=triton.next_power_of_2(c), SIDE=_SIDE,
+        _gather, (len(first) - 1,), shapes, members, first, colours.contiguous(), upstream.contiguous(),
+        upstream if offset is None else offset, upstream if thresholds is None else thresholds, shares,
+        *_places(way, centres.device), way.grid.height, way.grid.width, way.reach**2 / 2,
+        C=channels, TOPK=offset is not None, CP=power_of_two(channels, 1), SIDE=_SIDE,
     )  # fmt: skip
-    total = centres.new_zeros(len(centres), c + 5).index_add_(0, members.long(), shares)
-    x, y, xx, xy, yy = total[:, c:].unbind(1)
-    qa, qb, qc = conics.unbind(1)
-    moved = torch.stack([qa * x + qb * y, qb * x + qc * y], 1)
-    return moved, torch.stack([-xx / 2, -xy, -yy / 2], 1), total[:, :c].contiguous()
+    return centres.new_zeros(len(centres), channels + 5).index_add_(0, members.long(), shares)
 
 
 def _places(way: "Way", device: torch.device) -> tuple[Tensor, Tensor]:

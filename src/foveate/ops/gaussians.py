@@ -211,12 +211,19 @@ def conic_of_scale(inverse: Tensor, angle: Tensor) -> Tensor:
 
 
 class _Rendered(torch.autograd.Function):
-    """A fast path: forward gives the picture and what backward wants to keep, backward the three gradients."""
+    """A fast path. Its engine draws, and gathers for each Gaussian what the gradients are made of.
+
+    With the upstream gradient G and r = G, or for "topk" G / (eps + sum a) and its product with the picture in t,
+
+        dc_n = sum_p a_n r      e_n = a_n (r . c_n - t)      dmu_n = Q_n sum_p e_n d      dQ_n = -sum_p e_n d d^T / 2
+
+    where d = p - mu_n, and t = 0 in the other modes.
+    """
 
     @staticmethod
     def forward(ctx: Any, centres: Tensor, conics: Tensor, colours: Tensor, way: Way, engine: Any) -> Tensor:
-        out, kept = engine.forward(centres, conics, colours, way)
-        ctx.save_for_backward(centres, conics, colours, *(out, *kept) if way.mode == "topk" else ())
+        out, sums, thresholds = engine.draw(centres, conics, colours, way)
+        ctx.save_for_backward(centres, conics, colours, *((out, sums, thresholds) if way.mode == "topk" else ()))
         ctx.way, ctx.engine = way, engine
         return out
 
@@ -224,11 +231,21 @@ class _Rendered(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         centres, conics, colours, *kept = ctx.saved_tensors
-        return (*ctx.engine.backward(centres, conics, colours, ctx.way, grads[0], kept), None, None)
+        upstream, offset, thresholds = grads[0], None, None
+        if kept:
+            out, sums, thresholds = kept
+            upstream = upstream / (ctx.way.eps + sums)
+            offset = (upstream * out).sum(0)
+        found = ctx.engine.gather(centres, conics, colours, ctx.way, upstream, offset, thresholds)
+        channels = colours.shape[1]
+        x, y, xx, xy, yy = found[:, channels:].unbind(1)
+        a, b, c = conics.unbind(1)
+        moved = torch.stack([a * x + b * y, b * x + c * y], 1)
+        return moved, torch.stack([-xx / 2, -xy, -yy / 2], 1), found[:, :channels].contiguous(), None, None
 
 
 def _engine(centres: Tensor, conics: Tensor, colours: Tensor) -> Any:
-    """The module with the fast `forward` and `backward` for these tensors, or None."""
+    """The module with the fast `draw` and `gather` for these tensors, or None."""
     if not fast_allowed() or any(t.dtype != torch.float32 for t in (centres, conics, colours)):
         return None
     if centres.device.type == "cpu":
