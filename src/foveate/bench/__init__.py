@@ -1,4 +1,5 @@
-"""Benchmarks: `foveate bench ops` times every operator's fast path against its reference and against others' ways.
+"""Benchmarks: `foveate bench ops` times operators, `foveate bench codecs` measures rate and distortion of codecs.
 
-`case` says what is timed and how, `ops` lists the operators, `report` writes what was found.
+Operators: `case` says what is timed and how, `ops` lists them, `report` writes what was found. Jobs: `codecs` measures,
+`frontier` writes quality against cost.
 """

@@ -5,12 +5,12 @@ entries on that device and leaves the others alone; `ops.md` and `ops.png` are m
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from foveate.bench.frontier import replace_text
 from foveate.errors import InputError
 from foveate.meter import slope
 from foveate.proofs.evidence import markdown_row
@@ -39,8 +39,8 @@ def write_report(entries: "Iterable[Entry]", folder: str | Path) -> Path:
         picture = figure(found)
         if picture is not None:
             picture.save(folder / "ops.png")
-        _write(folder / "ops.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        _write(folder / "ops.md", page(found) + ("\n![Time against size](ops.png)\n" if picture else ""))
+        replace_text(folder / "ops.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        replace_text(folder / "ops.md", page(found) + ("\n![Time against size](ops.png)\n" if picture else ""))
     except OSError as error:
         raise InputError(f"--out {folder} cannot be written: {error.strerror}. Give another folder.") from error
     return folder / "ops.md"
@@ -137,10 +137,3 @@ def figure(entries: "Iterable[Entry]") -> "Image.Image | None":
         panel.grid(alpha=0.3, which="both")
         panel.legend(frameon=False, fontsize=8)
     return figure_to_picture(drawn, dpi=80)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write beside the target and rename, so that a killed run leaves the earlier file whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -70,3 +70,41 @@ def ops(
                 note(f"{name} ({place}): {line}")
     if folder is not None:
         note(f"written to {write_report(entries, folder)}")
+
+
+@bench.command("codecs")
+def codecs(
+    data: Annotated[Path, typer.Option(help="Folder of pictures, such as the Kodak set.", exists=True)],
+    names: Annotated[list[str] | None, typer.Option("--method", help="Only this codec; may be given again.")] = None,
+    rates: Annotated[list[str] | None, typer.Option("--rate", help="Only this budget; may be given again.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Pictures at most.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report.  [default: docs/results]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, write nothing.")] = False,
+) -> None:
+    """Measure rate, distortion and time of every codec, JPEG and WebP beside them.
+
+    The report is written after every codec; those that are in it already are measured again.
+
+    \b
+    Examples:
+      foveate bench codecs --data kodak/
+      foveate bench codecs --data kodak/ --method gaussian-image --rate "0.5 bpp" --limit 3
+    """
+    from foveate.bench.codecs import RATES, REPORT, baselines, measured, ours
+    from foveate.compress.codec import methods
+    from foveate.proofs import ProofContext
+    from foveate.proofs.report import RESULTS
+
+    context, skipped, everything = ProofContext(seed=seed), [], []
+    chosen = [ours(name, rates or RATES) for name in dict.fromkeys(names or methods())]
+    for ways in chosen if names else [baselines(), *chosen]:
+        entries = list(measured(ways, data, context, limit, skipped))
+        everything += entries
+        if not as_json and entries:
+            print_table(REPORT.headings, [REPORT.cells(entry) for entry in entries], REPORT.headings[2:])
+            note(f"written to {REPORT.write(entries, out or RESULTS)}")
+    for line in skipped:
+        note(f"left out: {line}")
+    if as_json:
+        print_json(everything)

@@ -3,8 +3,8 @@
     round_through   rounds forwards, the identity backwards (straight-through, Bengio et al. 2013, arXiv:1308.3432)
     Affine          q = round(clamp((x - offset) / step, 0, 2^b - 1)), x^ = q step + offset, step and offset per channel
                     learned
-    ResidualVQ      M codebooks in turn, each for what those before left over; x^ is the sum of M codewords. Codewords
-                    follow the mean of what they stand for (k-means, then an exponential moving average).
+    ResidualVQ      M codebooks in turn, each for what those before left over; x^ is the sum of M codewords, which are
+                    found by k-means and learned
 
 Each has `codes`, `values` (of codes) and a call that gives the quantised numbers with gradients.
 """
@@ -66,14 +66,10 @@ class ResidualVQ:
 
     Args:
         words: [M, B, D].
-        decay: of the moving average.
     """
 
-    def __init__(self, words: Tensor, decay: float = 0.8) -> None:
-        self.words, self.decay = words, decay
-        stages, size, _ = words.shape
-        self._mass = words.new_ones(stages, size)
-        self._sums = words.clone()
+    def __init__(self, words: Tensor) -> None:
+        self.words = words
 
     @classmethod
     def of(cls, values: Tensor, stages: int, size: int, generator: torch.Generator, rounds: int = 10) -> Self:
@@ -86,8 +82,8 @@ class ResidualVQ:
         return cls(torch.stack(books))
 
     def __call__(self, values: Tensor) -> Tensor:
-        """x^, gradients pass to the values."""
-        return values + (self.values(self.codes(values)) - values).detach()
+        """x^ with gradients to values and words."""
+        return self.values(self.codes(values)) + (values - values.detach())
 
     def codes(self, values: Tensor) -> Tensor:
         """The nearest codeword of each stage. Shape: [N, D] -> [N, M] int64."""
@@ -100,20 +96,6 @@ class ResidualVQ:
     def values(self, codes: Tensor) -> Tensor:
         """Sums of codewords. Shape: [N, M] -> [N, D]."""
         return torch.stack([book[code] for book, code in zip(self.words, codes.unbind(1), strict=True)]).sum(0)
-
-    def follow(self, values: Tensor) -> None:
-        """Move codewords towards the mean of what they stand for now."""
-        rest = values.detach()
-        for m, book in enumerate(self.words):
-            code = _nearest(rest, book)
-            chosen = book[code]
-            mass = torch.bincount(code, minlength=len(book)).to(rest)
-            sums = torch.zeros_like(book).index_add_(0, code, rest)
-            self._mass[m].lerp_(mass, 1 - self.decay)
-            self._sums[m].lerp_(sums, 1 - self.decay)
-            rest = rest - chosen
-            seen = self._mass[m] > 1e-3
-            book[seen] = self._sums[m][seen] / self._mass[m][seen, None]
 
 
 def kmeans(values: Tensor, size: int, generator: torch.Generator, rounds: int = 10) -> Tensor:
