@@ -9,8 +9,7 @@ Two experiments, on the CPU with one thread so that the clock shows work and not
    No fixed filter can serve both (its error is at least a quarter of the energy); one bent by the mean token can.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from foveate.encode.fftnet import FFTNet, SpectralMixer
 from foveate.engine.surgery import find, replace
 from foveate.meter import Comparison, compare, count_flops, count_parameters, slope, time_call
+from foveate.proofs.encode._shared import one_thread
 from foveate.proofs.evidence import Evidence, ProofContext, Row
 from foveate.proofs.report import figure_to_picture
 
@@ -185,17 +185,6 @@ def teach(context: ProofContext, adaptive: bool) -> float:
     with torch.no_grad():
         x, target = noise(1024, generator)
         return float(F.mse_loss(mixer(x), target))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run on one CPU thread, then on as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _race(models: Sequence[nn.Module], x: Tensor, pairs: int) -> Race:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from foveate.encode.levit import LeViT
 from foveate.meter import Comparison, compare, count_flops, count_parameters
-from foveate.proofs.encode.fftnet import one_thread
-from foveate.proofs.encode.lsnet import network_row
+from foveate.proofs.encode._shared import network_row, one_thread
 from foveate.proofs.evidence import Evidence, ProofContext, Row
 
 BATCH = {"quick": 2, "full": 16}

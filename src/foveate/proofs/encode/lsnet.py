@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from foveate.encode.lsnet import SIZES, LSConv, LSNet
 from foveate.layers.fold import ConvNorm
 from foveate.learn.fit import fit
-from foveate.meter import Comparison, compare, count_flops, count_parameters
+from foveate.meter import Comparison, compare, count_parameters
+from foveate.proofs.encode._shared import network_row
 from foveate.proofs.evidence import Evidence, ProofContext, Row
 
 SIDE, CHANNELS, MARKERS = 14, 16, 0.01
@@ -166,11 +167,3 @@ def race(context: ProofContext, baseline: nn.Module, network: nn.Module, x: Tens
             module(x)
 
     return compare(partial(run, baseline), partial(run, network), PAIRS[context.mode], flops=False)
-
-
-def network_row(name: str, network: nn.Module, x: Tensor, clock: Comparison, side: int) -> Row:
-    """What a network costs; it is one side of a comparison."""
-    seconds = sorted(clock.seconds[side])[len(clock.seconds[side]) // 2]
-    with torch.inference_mode():
-        gmacs = count_flops(network, x[:1]) / 2e9
-    return Row(name, parameters=count_parameters(network), gmacs=gmacs, images_per_second=len(x) / seconds)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from foveate.data.labelled import read_archive, standardised
 from foveate.encode.wavemix import PatchStem, WaveBlock, WaveMix
 from foveate.layers.classifier import ImageClassifier
+from foveate.layers.resnet import BasicBlock
 from foveate.learn.fit import fit
 from foveate.meter import Comparison, compare, count_flops, count_parameters, stored_bytes
 from foveate.proofs.evidence import Evidence, ProofContext, Row
@@ -41,25 +42,13 @@ Draw = Callable[[int], tuple[Tensor, Tensor]]
 """draw(batch) -> pictures [batch, C, 32, 32] and their classes [batch]."""
 
 
-class BasicBlock(nn.Module):
-    """The residual block of ResNet-18 (He et al. 2016). Shape: [B, C, H, W] -> the same."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        conv = partial(nn.Conv2d, channels, channels, 3, padding=1, bias=False)
-        self.body = nn.Sequential(conv(), nn.BatchNorm2d(channels), nn.ReLU(), conv(), nn.BatchNorm2d(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.body(x))
-
-
 class Residual(ImageClassifier):
     """WaveMix with residual blocks in place of its own. Shape: [B, C, H, W] -> [B, num_classes]."""
 
     def __init__(self, num_classes: int, in_chans: int, dim: int) -> None:
         super().__init__(dim, in_chans)
         self.stem = PatchStem(in_chans, dim, PATCH)
-        self.blocks = nn.Sequential(*(BasicBlock(dim) for _ in range(DEPTH)))
+        self.blocks = nn.Sequential(*(BasicBlock(dim, dim) for _ in range(DEPTH)))
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -69,7 +58,7 @@ class Residual(ImageClassifier):
 
 def prove(context: ProofContext) -> Evidence:
     """Count and time single blocks, then train a classifier of each kind."""
-    residual = BasicBlock(CHANNELS)
+    residual = BasicBlock(CHANNELS, CHANNELS)
     blocks = {
         "WaveMix block, 1 level": WaveBlock(CHANNELS, 1, dropout=0.0),
         "WaveMix block, 1 level, dropout 0.5": WaveBlock(CHANNELS, 1),
