@@ -205,7 +205,7 @@ def test_parse_reads_what_load_reads() -> None:
     assert only == Card("pcsr", "T", "arXiv:2407.21448", 2024, "restore", "job", "A", "C")
 
 
-@pytest.mark.parametrize("key", [f.name for f in fields(Card) if f.name not in ("slug", "entry", "proof")])
+@pytest.mark.parametrize("key", [f.name for f in fields(Card) if f.name not in ("slug", "entry", "network", "proof")])
 def test_every_required_key_is_missed(key: str) -> None:
     text = "\n".join(line for line in BARE.splitlines() if not line.startswith(key))
     with pytest.raises(InputError, match=rf"systems.toml, card \[pcsr\]: {key} missing"):
@@ -237,3 +237,17 @@ def test_the_catalogue_needs_the_standard_library_only() -> None:
     code = "import sys, foveate.catalog as c; c.load(); print({'torch', 'numpy', 'PIL'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_size_is_part_of_a_name():
+    found, settings = catalog.sized("flash_intern_image_t")
+    assert found.slug == "dcnv4"
+    assert settings == catalog.sized("DCNv4-T")[1] != {}
+    assert catalog.sized("pcsr") == (catalog.card("pcsr"), {})
+
+
+def test_an_unknown_size_names_the_known_ones():
+    with pytest.raises(InputError, match="no size 'q'; use one of 't', 's', 'b'"):
+        catalog.sized("lsnet_q")
+    with pytest.raises(UnknownSystemError, match="pcsr"):
+        catalog.sized("pcrs_t")

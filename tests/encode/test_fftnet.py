@@ -210,7 +210,7 @@ def test_other_lengths_masks_and_causal_use_are_refused():
 def test_published_sizes_have_their_parameters(size, total):
     with torch.device("meta"):
         net = FFTNet(size)
-    dim, depth, heads = SIZES[size]
+    dim, depth, heads = SIZES[size].values()
     curves = heads * 99
     layer = 2 * curves + dim * dim + dim + (dim + 1) * curves + 2 * dim + 8 * dim * dim + 5 * dim + 2 * dim
     stem = 3 * 256 * dim + dim + 197 * dim + dim

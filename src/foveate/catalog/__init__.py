@@ -17,7 +17,7 @@ from typing import Any
 
 from foveate.errors import InputError, NotBuiltError, UnknownSystemError
 
-__all__ = ["KINDS", "WINGS", "Card", "card", "load", "parse", "resolve", "search"]
+__all__ = ["KINDS", "WINGS", "Card", "card", "load", "parse", "resolve", "search", "sized"]
 
 WINGS = (
     "encode",
@@ -52,6 +52,7 @@ class Card:
         claim: the paper's headline figure and the baseline it is measured against.
         entry: "module:name" of its code; None while there is none.
         proof: "module:name" of the function that re-runs the claim; None while there is none.
+        network: "module:name" of the network that `foveate.create` builds, where the entry is a part of one.
     """
 
     slug: str
@@ -64,6 +65,7 @@ class Card:
     claim: str
     entry: str | None = None
     proof: str | None = None
+    network: str | None = None
 
     @property
     def works(self) -> bool:
@@ -77,6 +79,14 @@ class Card:
             NotBuiltError: the system has a card but no code yet.
         """
         return _follow(self, "entry", "code")
+
+    def builder(self) -> Any:
+        """Import what builds the system's network: what `network` names, else `entry`.
+
+        Raises:
+            NotBuiltError: the system has a card but no code yet.
+        """
+        return _follow(self, "network" if self.network else "entry", "code")
 
     def proof_function(self) -> Callable[..., Any]:
         """Import what `proof` names: a function from a `ProofContext` to `Evidence`.
@@ -116,7 +126,7 @@ def load() -> dict[str, Card]:
 
 
 def card(name: str) -> Card:
-    """Find one card by slug or by the class name of its entry; case, hyphens and underscores do not matter.
+    """Find one card by slug or by the name of its class or network; case, hyphens and underscores do not matter.
 
     Raises:
         UnknownSystemError: no such system; the message names the nearest ones.
@@ -129,13 +139,45 @@ def card(name: str) -> Card:
     foveate.errors.UnknownSystemError: No system is called 'token-lerner'. Nearest: tokenlearner...
     """
     cards, key = _all().values(), _squeezed(name)
-    for names in ([(c.slug, c) for c in cards], [(c.entry.rpartition(":")[2], c) for c in cards if c.entry]):
+    for names in (
+        [(c.slug, c) for c in cards],
+        [(address.rpartition(":")[2], c) for c in cards for address in (c.entry, c.network) if address],
+    ):
         for known, found in names:
             if _squeezed(known) == key:
                 return found
     near = _nearest(name)
     hint = f"Nearest: {', '.join(near)}. " if near else ""
     raise UnknownSystemError(f"No system is called {name!r}. {hint}`foveate list` shows all {len(cards)}.")
+
+
+def sized(name: str) -> tuple[Card, dict[str, Any]]:
+    """Find a card by its name, or by its name and one of the published sizes that its module lists as `SIZES`.
+
+    Returns: the card, and the settings of that size; none where no size was given.
+    Raises:
+        UnknownSystemError: no such system.
+        InputError: no such size; the message names those there are.
+
+    >>> sized("lsnet_t")[0].slug, sized("LSNet-T")[1]["depths"], sized("lsnet")[1]
+    ('lsnet', (0, 2, 8, 10), {})
+    """
+    try:
+        return card(name), {}
+    except UnknownSystemError:
+        for cut in reversed([match.start() for match in re.finditer(r"[-_]", name)]):
+            try:
+                found = card(name[:cut])
+            except UnknownSystemError:
+                continue
+            sizes = getattr(import_module(found.builder().__module__), "SIZES", {})
+            for size, settings in sizes.items():
+                if _squeezed(size) == _squeezed(name[cut:]):
+                    return found, dict(settings)
+            if sizes:
+                known = ", ".join(map(repr, sizes))
+                raise InputError(f"{found.slug} has no size {name[cut + 1 :]!r}; use one of {known}.") from None
+        raise
 
 
 def search(text: str = "", wing: str | None = None, kind: str | None = None, works: bool | None = None) -> list[Card]:
@@ -195,7 +237,7 @@ def _checked(slug: str, table: Any, source: str) -> Card:
         want = int if key == "year" else str
         if type(value) is not want or not value:
             raise InputError(f"{where}: {key} = {value!r}; expected a non-empty {want.__name__}. Correct it.")
-        if key in ("entry", "proof") and not re.fullmatch(r"\w+(\.\w+)*:\w+", str(value)):
+        if key in ("entry", "network", "proof") and not re.fullmatch(r"\w+(\.\w+)*:\w+", str(value)):
             raise InputError(f'{where}: {key} = {value!r}; expected "module:name". Correct it.')
     _known("wing", table["wing"], WINGS, where)
     _known("kind", table["kind"], KINDS, where)

@@ -29,8 +29,12 @@ from foveate.layers.classifier import ImageClassifier
 from foveate.layers.patch import PatchEmbed, resample_positions
 from foveate.ops.spectral import at_length, mix, mix_affine
 
-SIZES = {"base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
-"""Published sizes: width D, depth, heads."""
+SIZES: dict[str, dict[str, int]] = {
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+    "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
+}
+"""Published sizes."""
 
 
 class SpectralMixer(nn.Module):
@@ -199,7 +203,7 @@ class FFTNet(ImageClassifier):
     ) -> None:
         if size not in SIZES:
             raise InputError(f"unknown size {size!r}; use one of {', '.join(map(repr, SIZES))}, or give the widths.")
-        given = zip((embed_dim, depth, num_heads), SIZES[size], strict=True)
+        given = zip((embed_dim, depth, num_heads), SIZES[size].values(), strict=True)
         dim, layers, heads = (own if value is None else value for value, own in given)
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if min(height, width, patch_size) < 1:
