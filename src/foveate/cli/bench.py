@@ -108,3 +108,43 @@ def codecs(
         note(f"left out: {line}")
     if as_json:
         print_json(everything)
+
+
+@bench.command("upscale")
+def upscale(
+    data: Annotated[Path, typer.Option(help="Folder that holds set5/ and kodak12/, or pictures.", exists=True)],
+    names: Annotated[list[str] | None, typer.Option("--method", help="Only this method; may be given again.")] = None,
+    scales: Annotated[list[int] | None, typer.Option("--scale", help="May be given again.  [default: 2, 4]")] = None,
+    budgets: Annotated[
+        list[float] | None, typer.Option("--budget", help="May be given again.  [default: 1, 0.75, 0.5]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Pictures of a set at most.")] = None,
+    device: Annotated[str, typer.Option(help="Where to run, e.g. cpu or cuda.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Folder of the report.  [default: docs/results]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, write nothing.")] = False,
+) -> None:
+    """Measure quality and cost of every super-resolution network at several budgets.
+
+    The report is written after every set of pictures.
+
+    \b
+    Examples:
+      foveate bench upscale --data pictures/
+      foveate bench upscale --data set5/ --method pcsr --scale 4 --budget 0.5
+    """
+    from foveate.bench.upscale import BUDGETS, REPORT, SETS, measured, read
+    from foveate.proofs import ProofContext
+    from foveate.proofs.report import RESULTS
+
+    context, everything = ProofContext(device=device), []
+    folders = [data / name for name in SETS if (data / name).is_dir()] or [data]
+    for folder in folders:
+        originals = read(folder, limit)
+        for scale in scales or (2, 4):
+            entries = list(measured(originals, folder.name, scale, context, names, budgets or BUDGETS))
+            everything += entries
+            if not as_json:
+                print_table(REPORT.headings, [REPORT.cells(entry) for entry in entries], REPORT.headings[2:])
+                note(f"written to {REPORT.write(entries, out or RESULTS)}")
+    if as_json:
+        print_json(everything)

@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from foveate.bench.upscale import measured, read
+from foveate.errors import InputError
+from foveate.proofs import ProofContext
+from foveate.restore.upscale import network
+
+
+@pytest.fixture
+def picture():
+    y, x = torch.meshgrid(torch.linspace(0, 9, 48), torch.linspace(0, 9, 50), indexing="ij")
+    return torch.stack([x.sin(), (x + y).cos(), y.sin()])[None] / 2 + 0.5
+
+
+def test_every_method_stands_beside_bicubic(picture):
+    entries = list(measured([picture], "waves", 2, ProofContext(), budgets=(1.0,)))
+    methods = [entry["method"] for entry in entries]
+    assert methods[0] == "bicubic"
+    assert {"pcsr", "espcn", "scnet", "adaptive-patch-exiting"} <= set(methods)
+    assert all(entry["pictures"] == "waves x2" and entry["count"] == 1 for entry in entries)
+    assert all(20 < entry["psnr"] < 80 and 0.5 < entry["ssim"] <= 1 for entry in entries)
+
+
+def test_budgets_below_the_floor_are_left_out_and_others_cost_their_share(picture):
+    entries = list(measured([picture], "waves", 2, ProofContext(), ["pcsr", "espcn"], (1.0, 0.5)))
+    assert [(e["method"], e["setting"]) for e in entries] == [("pcsr", "1"), ("pcsr", "0.5"), ("espcn", "1")]
+    full, half, _ = entries
+    assert half["gflops"] / full["gflops"] == pytest.approx(0.5, abs=0.03)
+    assert full["gflops"] == pytest.approx(network("pcsr", 2).full_flops(24, 25) / 1e9)
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no pictures"):
+        read(tmp_path)
