@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -94,11 +95,8 @@ def pillow(kind: str, setting: str, name: str | None = None, **options: Any) -> 
 def ours(method: str, rates: Iterable[str] = RATES) -> list[Way]:
     """A codec of ours at every rate, or as it is where it loses nothing or knows no rates."""
     if "bytes" not in codec.resolve(method).units:
-        return [Way(method, LOSSLESS, lambda picture: compress(picture, method=method), decompress)]
-    return [
-        Way(method, rate, lambda picture, rate=rate: compress(picture, method=method, budget=rate), decompress)
-        for rate in rates
-    ]
+        return [Way(method, LOSSLESS, partial(compress, method=method), decompress)]
+    return [Way(method, rate, partial(compress, method=method, budget=rate), decompress) for rate in rates]
 
 
 def measured(

@@ -78,8 +78,8 @@ def measured(
     there = [slug for slug, scales in methods().items() if scale in scales]
     todo: list[tuple[str, Upscaler | None, float]] = [] if chosen is not None else [("bicubic", None, 1.0)]
     for slug in there if chosen is None else chosen:
-        model = network(slug, scale, context.device)
-        todo += [(slug, model, share) for share in budgets if model.floor <= share]
+        own = network(slug, scale, context.device)
+        todo += [(slug, own, share) for share in budgets if own.floor <= share]
     for method, model, share in context.track(todo, f"{name} x{scale}"):
         figures = averaged([once(model, share, low, high, scale) for low, high in pairs], mean)
         yield {
@@ -107,10 +107,10 @@ def once(model: Upscaler | None, share: float, low: Tensor, high: Tensor, scale:
     peak = peak_memory(run)
     seconds = min(time_call(run), time_call(run))
     image = found[0].image.clamp(0, 1).cpu()
-    inside = [rgb_to_y((255 * x).round() / 255)[..., scale:-scale, scale:-scale] for x in (image, high)]
+    seen, wanted = (rgb_to_y((255 * x).round() / 255)[..., scale:-scale, scale:-scale] for x in (image, high))
     return {
         "psnr": float(psnr_y(image, high, border=scale, round_to_8bit=True)),
-        "ssim": float(ssim(*inside)),
+        "ssim": float(ssim(seen, wanted)),
         "gflops": found[0].flops / 1e9 or None,
         "ms": 1e3 * seconds,
         "peak_mb": None if peak is None else peak / 1e6,

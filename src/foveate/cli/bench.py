@@ -96,7 +96,9 @@ def codecs(
     from foveate.proofs import ProofContext
     from foveate.proofs.report import RESULTS
 
-    context, skipped, everything = ProofContext(seed=seed), [], []
+    context = ProofContext(seed=seed)
+    skipped: list[str] = []
+    everything: list[Entry] = []
     chosen = [ours(name, rates or RATES) for name in dict.fromkeys(names or methods())]
     for ways in chosen if names else [baselines(), *chosen]:
         entries = list(measured(ways, data, context, limit, skipped))
@@ -136,7 +138,8 @@ def upscale(
     from foveate.proofs import ProofContext
     from foveate.proofs.report import RESULTS
 
-    context, everything = ProofContext(device=device), []
+    context = ProofContext(device=device)
+    everything: list[Entry] = []
     folders = [data / name for name in SETS if (data / name).is_dir()] or [data]
     for folder in folders:
         originals = read(folder, limit)
