@@ -35,6 +35,7 @@ WINGS = (
     "ops",
 )
 KINDS = ("job", "model", "plugin", "tool")
+_COMMANDS = {"restore": "foveate upscale in.jpg out.png", "compress": "foveate compress in.png out.fov"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,12 @@ class Card:
     def works(self) -> bool:
         """Whether the system has code."""
         return self.entry is not None
+
+    @property
+    def command(self) -> str | None:
+        """The command line that runs a job; None for other kinds, and for wings without a verb."""
+        start = _COMMANDS.get(self.wing) if self.kind == "job" else None
+        return start and f"{start} --method {self.slug}"
 
     def target(self) -> Any:
         """Import what `entry` names: a class or a function.

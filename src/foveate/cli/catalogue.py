@@ -9,9 +9,6 @@ from foveate.cli.console import note, on_terminal, print_json, print_table
 if TYPE_CHECKING:
     from foveate.catalog import Card
 
-# The verb of the command line that a wing's jobs are methods of.
-_VERBS = {"restore": ("upscale", "photo.jpg large.png --scale 2")}
-
 
 def list_(
     text: Annotated[str, typer.Argument(help="Words to look for in names, titles and claims.")] = "",
@@ -106,12 +103,13 @@ def how_to_use(card: "Card") -> list[str]:
         "tool": [f"from {module} import {name}"],
     }
     lines = by_kind[card.kind]
-    if card.kind == "job" and card.wing in _VERBS:
-        verb, rest = _VERBS[card.wing]
+    if card.command and card.wing == "compress":
+        lines = [card.command, f'data = foveate.compress("in.png", method="{card.slug}")', "foveate.decompress(data)"]
+    elif card.command:
         option, argument = (" --budget 0.5", ", budget=0.5") if _adaptive(card.slug) else ("", "")
         lines = [
-            f"foveate {verb} {rest} --method {card.slug}{option}",
-            f'foveate.{verb}("photo.jpg", "large.png", scale=2, method="{card.slug}"{argument})',
+            f"{card.command} --scale 2{option}",
+            f'foveate.upscale("in.jpg", "out.png", scale=2, method="{card.slug}"{argument})',
             f'network = foveate.create("{card.slug}", pretrained=True, scale=2)',
         ]
     return [*lines, f"foveate prove {card.slug}"] if card.proof else lines
