@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-timm lint bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/foveate demo demo
@@ -12,6 +12,12 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pip install -q -c constraints.txt -e ".[test]"
 	$(BIN)/python -m pytest -n 2
+
+# timm's models as hosts, in an environment of their own beside the other: see scripts/timm_env.sh.
+test-timm: $(INSTALLED)
+	$(BIN)/pip install -q -c constraints.txt -e ".[test]"
+	scripts/timm_env.sh $(VENV) $(VENV)-timm
+	$(VENV)-timm/bin/python -m pytest tests/timm
 
 lint: $(INSTALLED)
 	$(BIN)/pip install -q -c constraints.txt -e ".[test]"

@@ -38,6 +38,7 @@ def test_list_systems_filters() -> None:
 def _only_card(monkeypatch: pytest.MonkeyPatch, target: object, kind: str) -> None:
     made = Card("thing", "T", "arXiv:0000.00000", 2024, "encode", kind, "a", "c", "somewhere.things:Thing")  # type: ignore[arg-type]
     monkeypatch.setattr(Card, "target", lambda self: target)
+    monkeypatch.setattr(Card, "builder", lambda self: target)
     monkeypatch.setattr("foveate.catalog.card", lambda name: made)
 
 
@@ -95,3 +96,9 @@ def test_unknown_names_suggest_the_nearest() -> None:
     for call in (foveate.create, foveate.prove, lambda name: foveate.apply(object(), name)):
         with pytest.raises(foveate.errors.UnknownSystemError, match="pcsr"):
             call("pcsrr")
+
+
+def test_create_takes_a_published_size():
+    model = foveate.create("lsnet_t", num_classes=7)
+    assert sum(p.numel() for p in model.parameters()) < 12e6
+    assert type(foveate.create("dcnv4_t", num_classes=2)).__name__ == "FlashInternImage"

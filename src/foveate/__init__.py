@@ -22,12 +22,24 @@ if TYPE_CHECKING:
     from foveate.compress.verbs import compress as compress
     from foveate.compress.verbs import decompress as decompress
     from foveate.engine.budget import Budget as Budget
+    from foveate.learn.stylize import stylize as stylize
     from foveate.proofs import Evidence
     from foveate.restore.upscale import upscale as upscale
 
 __version__ = "0.1.0"
 
-__all__ = ["Budget", "apply", "compress", "create", "decompress", "errors", "list_systems", "prove", "upscale"]
+__all__ = [
+    "Budget",
+    "apply",
+    "compress",
+    "create",
+    "decompress",
+    "errors",
+    "list_systems",
+    "prove",
+    "stylize",
+    "upscale",
+]
 
 # Public name -> (module, attribute); an empty attribute means the module itself.
 _LAZY = {
@@ -35,6 +47,7 @@ _LAZY = {
     "compress": ("foveate.compress", ""),  # the package, which can be called
     "decompress": ("foveate.compress.verbs", "decompress"),
     "errors": ("foveate.errors", ""),
+    "stylize": ("foveate.learn.stylize", "stylize"),
     "upscale": ("foveate.restore.upscale", "upscale"),
 }
 
@@ -75,7 +88,7 @@ def create(name: str, pretrained: bool = False, **config: Any) -> Any:
     """Build the network of a system.
 
     Args:
-        name: the system's name, as `foveate list` shows it.
+        name: the system's name, as `foveate list` shows it, with or without a published size: "lsnet", "lsnet_t".
         pretrained: load the weights that come with foveate instead of random ones.
         config: the network's settings, e.g. `scale=3`, `num_classes=100`.
 
@@ -87,14 +100,14 @@ def create(name: str, pretrained: bool = False, **config: Any) -> Any:
     from foveate import catalog
     from foveate.errors import InputError
 
-    card = catalog.card(name)
-    target = card.target()
+    card, size = catalog.sized(name)
+    target, config = card.builder(), size | config
     if card.kind == "plugin":
         raise InputError(
             f"{card.slug} is a plugin: it changes a model you already have. "
             f'Use foveate.apply(model, "{card.slug}", budget=0.5).'
         )
-    if card.kind == "tool" or (card.kind == "job" and not isinstance(target, type)):
+    if (card.kind == "tool" and not card.network) or (card.kind == "job" and not isinstance(target, type)):
         raise InputError(f"{card.slug} is a {card.kind}, not a network. Use {_import_line(card)}.")
     if pretrained:
         from foveate import weights

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from foveate.engine.surgery import find, join, patch_forward, replace
+from foveate.engine.surgery import add, find, join, name_of, patch_forward, patch_method, replace
 from foveate.errors import InputError
 
 
@@ -204,3 +204,61 @@ def test_bad_replacements_leave_the_model_alone(model):
     with pytest.raises(InputError, match="'head' and 'tied' are one shared module"):
         replace(model, {"head": nn.Identity(), "tied": nn.Identity()})
     assert photograph(model) == picture
+
+
+def test_an_added_module_trains_and_saves_with_its_parent_until_it_is_removed(model):
+    before = photograph(model)
+    handle = add(model.blocks[0], "gate", nn.Linear(4, 1))
+    assert "blocks.0.gate.weight" in model.state_dict()
+    assert model.blocks[0].gate in set(model.modules())
+    handle.remove()
+    assert photograph(model) == before
+    assert not hasattr(model.blocks[0], "gate")
+
+
+def test_an_added_module_takes_over_the_mode(model):
+    model.eval()
+    with add(model, "extra", nn.Dropout()) as handle:
+        assert not model.extra.training
+        assert handle.active
+
+
+@pytest.mark.parametrize("name", ["attn", "forward", "no name", ""])
+def test_a_name_that_is_taken_or_is_none_is_refused(model, name):
+    before = photograph(model)
+    with pytest.raises(InputError, match="choose a name"):
+        add(model.blocks[0], name, nn.Identity())
+    assert photograph(model) == before
+
+
+def test_any_method_can_be_patched(model):
+    with patch_method(model, "extra_repr", lambda original: f"<{original()}>"):
+        assert model.extra_repr() == "<>"
+    assert model.extra_repr() == ""
+    with pytest.raises(InputError, match="no method 'fly'"):
+        patch_method(model, "fly", lambda original: None)
+
+
+def test_names_are_found_by_module(model):
+    assert name_of(model, model.blocks[1].mlp[0]) == "blocks.1.mlp.0"
+    assert name_of(model, model) == ""
+    with pytest.raises(InputError, match="does not hold"):
+        name_of(model, nn.ReLU())
+
+
+def test_a_pause_gives_the_model_back_and_takes_it_again(model):
+    model.eval()
+    plain, before = model(x), photograph(model)
+    first = replace(model, {"head": Wrapped(model.head, 2.0)})
+    second = join([add(model, "extra", nn.ReLU()), patch_forward(model.blocks[0], lambda run, x: run(x) + 1)])
+    changed, during = model(x), photograph(model)
+    with second.paused(), first.paused():
+        assert torch.equal(model(x), plain)
+        assert photograph(model) == before
+    assert torch.equal(model(x), changed)
+    assert photograph(model) == during
+    with pytest.raises(KeyError), second.paused():
+        raise KeyError
+    assert photograph(model) == during
+    with pytest.raises(InputError, match="remove the later"), replace(model, {"head": nn.ReLU()}), first.paused():
+        pass

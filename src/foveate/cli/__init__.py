@@ -18,6 +18,8 @@ from foveate.cli.compress import compress, decompress, inspect
 from foveate.cli.demo import demo
 from foveate.cli.measure import measure
 from foveate.cli.prove import prove
+from foveate.cli.stylize import stylize
+from foveate.cli.tokens import tokens
 from foveate.cli.upscale import upscale
 from foveate.errors import FoveateError
 
@@ -60,8 +62,10 @@ app.command("list")(list_)
 app.command()(show)
 app.command()(prove)
 app.command()(measure)
+app.command()(tokens)
 app.add_typer(bench, name="bench")
 app.command()(demo)
+app.command()(stylize)
 
 
 def main() -> None:

@@ -1,15 +1,16 @@
 """Change someone else's model, and undo it exactly.
 
 Every change is one entry of a dictionary that PyTorch already keeps: a module's `_modules` (which submodule answers to
-a name) or its `__dict__` (its own `forward`). A handle remembers each entry before and after; `remove()` puts the
-very same objects back, so weights, state dict keys and outputs return bit for bit. Changes may lie on top of each
-other and come off in reverse order; one that still has another on top of it refuses to be removed.
+a name) or its `__dict__` (its own `forward`, or another method). A handle remembers each entry before and after;
+`remove()` puts the very same objects back, so weights, state dict keys and outputs return bit for bit. Changes may lie
+on top of each other and come off in reverse order; one that still has another on top of it refuses to be removed.
 """
 
 import difflib
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -37,13 +38,19 @@ class _Change:
     mode: bool  # training flag of `after` when it was put in
 
     def undo(self) -> None:
-        if self.before is _ABSENT:
-            del self.entries[self.key]
-            return
-        self.entries[self.key] = self.before
+        self._put(self.before)
         # Whoever called train() or eval() meanwhile meant the module that now comes back, too.
         if isinstance(self.before, nn.Module) and self.after.training != self.mode:
             self.before.train(self.after.training)
+
+    def redo(self) -> None:
+        self._put(self.after)
+
+    def _put(self, value: Any) -> None:
+        if value is _ABSENT:
+            del self.entries[self.key]
+        else:
+            self.entries[self.key] = value
 
 
 class Handle:
@@ -64,15 +71,33 @@ class Handle:
 
     def remove(self) -> None:
         """Put back what was there before, the very same objects."""
+        self._check_on_top()
+        for change in reversed(self._changes):
+            change.undo()
+        self._changes.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let the model be as it was for as long as this is open.
+
+        Raises: InputError as `remove`.
+        """
+        self._check_on_top()
+        for change in reversed(self._changes):
+            change.undo()
+        try:
+            yield
+        finally:
+            for change in self._changes:
+                change.redo()
+
+    def _check_on_top(self) -> None:
         top: dict[tuple[int, str], Any] = {}
         for change in reversed(self._changes):
             place = (id(change.entries), change.key)
             if top.get(place, change.entries.get(change.key, _ABSENT)) is not change.after:
                 raise InputError(f"{change.label!r} was changed again since; remove the later change first.")
             top[place] = change.before
-        for change in reversed(self._changes):
-            change.undo()
-        self._changes.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -170,6 +195,35 @@ def _adopt_mode(new: nn.Module, old: nn.Module) -> None:
         module.training = training
 
 
+def add(module: nn.Module, name: str, new: nn.Module) -> Handle:
+    """Hang a submodule into a module that has none of this name; its parameters train and save with the model.
+
+    Raises: InputError when the name is taken, or is not one that a submodule can have.
+
+    >>> model = nn.Sequential(nn.ReLU())
+    >>> with add(model, "extra", nn.Linear(1, 1)):
+    ...     print(list(model.state_dict()))
+    ['extra.weight', 'extra.bias']
+    """
+    if not name.isidentifier() or hasattr(module, name):
+        raise InputError(f"{type(module).__name__} cannot take a submodule {name!r}; choose a name that is free.")
+    new.train(module.training)
+    change = _Change(module._modules, name, _ABSENT, new, f"{type(module).__name__}.{name}", module.training)
+    change.redo()
+    return Handle([change])
+
+
+def name_of(model: nn.Module, module: nn.Module) -> str:
+    """The dotted name under which a model holds a module, as `replace` takes it; "" for the model itself.
+
+    Raises: InputError when the model does not hold it.
+    """
+    for name, found in model.named_modules():
+        if found is module:
+            return name
+    raise InputError(f"The model {type(model).__name__} does not hold this {type(module).__name__}; pass one it holds.")
+
+
 def patch_forward(module: nn.Module, fn: Callable[..., Any]) -> Handle:
     """Let a function run in the place of a module's forward.
 
@@ -185,10 +239,17 @@ def patch_forward(module: nn.Module, fn: Callable[..., Any]) -> Handle:
     ...     print(layer(torch.tensor(3)))
     tensor(6)
     """
-    original = module.forward
+    return patch_method(module, "forward", fn)
+
+
+def patch_method(module: nn.Module, name: str, fn: Callable[..., Any]) -> Handle:
+    """Let a function run in the place of any method of a module; see `patch_forward`."""
+    original = getattr(module, name, None)
+    if not callable(original):
+        raise InputError(f"{type(module).__name__} has no method {name!r}.")
     # A partial, unlike a closure, follows its module through copy.deepcopy; the wrapper keeps the signature visible.
     patched = functools.update_wrapper(functools.partial(fn, original), original)
-    before = module.__dict__.get("forward", _ABSENT)
-    change = _Change(module.__dict__, "forward", before, patched, f"{type(module).__name__}.forward", module.training)
-    module.__dict__["forward"] = patched
+    before = module.__dict__.get(name, _ABSENT)
+    change = _Change(module.__dict__, name, before, patched, f"{type(module).__name__}.{name}", module.training)
+    change.redo()
     return Handle([change])

@@ -11,6 +11,8 @@ picture is halved by a 2 x 2 mean, an odd last row or column being repeated, as 
 10.1109/ACSSC.2003.1292216), whose weights are used. Channels are treated alike and averaged.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -95,6 +97,8 @@ def ms_ssim(
     sigma: float = 1.5,
     k1: float = 0.01,
     k2: float = 0.03,
+    eps: float = 0.0,
+    per_pixel: bool = False,
 ) -> Tensor:
     """Multi-scale structural similarity, 1 for equal pictures.
 
@@ -104,6 +108,9 @@ def ms_ssim(
         peak: the value of white.
         weights: exponent of each scale, the finest first; five by default.
         window, sigma, k1, k2: as in `ssim`.
+        eps: each term t counts as (t + eps) / (1 + eps), which bounds the slope of its power near 0; for losses.
+        per_pixel: multiply the scales at every place and average at the end, as Snell et al. 2015 write it, instead
+            of multiplying their averages; the maps of coarser scales are interpolated where the finest one has pixels.
 
     Shape: x, y [B, C, H, W] with sides of at least 161 (five scales, window 11) -> [B].
     Raises: InputError as `ssim`; for a picture too small it names the minimum.
@@ -114,21 +121,32 @@ def ms_ssim(
     _check_window("ms_ssim", x, window, sigma, minimum=(window - 1) * 2 ** (len(weights) - 1) + 1)
     result: Tensor | None = None
     for scale, weight in enumerate(weights):
-        similarity, contrast = _similarity(x, y, peak, window, sigma, k1, k2)
+        similarity, contrast = _maps(x, y, peak, window, sigma, k1, k2)
         last = scale == len(weights) - 1
+        term = similarity if last else contrast
+        if not per_pixel:
+            term = term.mean((2, 3), keepdim=True)
+        elif result is not None:
+            term = _on_finest(term, scale, window, result.shape[2:])
         # relu, not clamp: its gradient at 0 is 0, where that of the power is infinite.
-        factor = F.relu(similarity if last else contrast) ** weight
+        factor = ((F.relu(term) + eps) / (1 + eps)) ** weight
         result = factor if result is None else result * factor
         if not last:
             x, y = _halve(x), _halve(y)
     assert result is not None
-    return result.mean(1)
+    return result.mean((1, 2, 3))
 
 
 def _similarity(
     x: Tensor, y: Tensor, peak: float, window: int, sigma: float, k1: float, k2: float
 ) -> tuple[Tensor, Tensor]:
     """Mean of l * cs and mean of cs over all windows. Shape: [B, C, H, W] -> two of [B, C]."""
+    similarity, contrast = _maps(x, y, peak, window, sigma, k1, k2)
+    return similarity.mean((2, 3)), contrast.mean((2, 3))
+
+
+def _maps(x: Tensor, y: Tensor, peak: float, window: int, sigma: float, k1: float, k2: float) -> tuple[Tensor, Tensor]:
+    """l * cs and cs of every window. Shape: [B, C, H, W] -> two of [B, C, H - window + 1, W - window + 1]."""
     offsets = torch.arange(window, dtype=x.dtype, device=x.device) - window // 2
     gauss = torch.exp(-offsets.square() / (2 * sigma**2))
     gauss = gauss / gauss.sum()
@@ -141,7 +159,22 @@ def _similarity(
     c1, c2 = (k1 * peak) ** 2, (k2 * peak) ** 2
     contrast = (2 * (xy - mu_x * mu_y) + c2) / (xx - mu_x.square() + yy - mu_y.square() + c2)
     luminance = (2 * mu_x * mu_y + c1) / (mu_x.square() + mu_y.square() + c1)
-    return (luminance * contrast).mean((2, 3)), contrast.mean((2, 3))
+    return luminance * contrast, contrast
+
+
+def _on_finest(coarse: Tensor, scale: int, window: int, size: Sequence[int]) -> Tensor:
+    """Interpolate the map of a scale at the pixels of the finest map; its border is repeated.
+
+    Pixel i of a map is the window around pixel i + m of its picture, m = window // 2, whose centre is at
+    (i + m + 1/2) 2^scale on the finest grid.
+    """
+    at = []
+    for length, wanted in zip(coarse.shape[2:], size, strict=True):
+        middle = torch.arange(wanted, dtype=coarse.dtype, device=coarse.device) + window // 2 + 0.5
+        at.append((2 * (middle / 2**scale - window // 2) / length) - 1)
+    grid = torch.stack(torch.meshgrid(*at, indexing="ij")[::-1], -1)
+    grid = grid.expand(len(coarse), -1, -1, -1)
+    return F.grid_sample(coarse, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def _halve(x: Tensor) -> Tensor:
