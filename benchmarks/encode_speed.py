@@ -25,6 +25,8 @@ from foveate.meter import compare
 
 METHODS = {
     "adaptive-patch-transformer": ("vit", "foveate.encode.adaptive_patch_transformer:AdaptivePatchTransformer"),
+    "mone": ("vit", "foveate.encode.mone:plugin"),
+    "tokenlearner": ("vit", "foveate.encode.tokenlearner:plugin"),
 }
 """Plug-in: (kind of host, entry). The entry is called with the model and a budget and gives a TokenHandle."""
 

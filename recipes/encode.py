@@ -119,6 +119,15 @@ NETWORKS = {
         "foveate.encode.tvconv:TVNet",
         {"img_size": SIDE, "width": 0.1, "embedding": 64, "hidden": 4, "layers": 1},
     ),
+    "tokenlearner": Network(
+        "foveate.encode.tokenlearner:TokenLearnerViT",
+        {"img_size": SIDE, "patch_size": 4, "embed_dim": 80, "depth": 4, "num_heads": 4, "tokens": 8, "layer": 2},
+    ),
+    # Trained for any budget; its accuracy is that of all the work.
+    "mone": Network(
+        "foveate.encode.mone:MoNE",
+        {"img_size": SIDE, "patch_size": 4, "embed_dim": 80, "depth": 4, "num_heads": 4},
+    ),
 }
 
 
