@@ -25,6 +25,7 @@ from foveate.meter import compare
 
 METHODS = {
     "adaptive-patch-transformer": ("vit", "foveate.encode.adaptive_patch_transformer:AdaptivePatchTransformer"),
+    "sparsevit": ("swin", "foveate.encode.sparsevit:SparseViT"),
     "mone": ("vit", "foveate.encode.mone:plugin"),
     "tokenlearner": ("vit", "foveate.encode.tokenlearner:plugin"),
 }

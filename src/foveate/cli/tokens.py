@@ -1,11 +1,17 @@
 """foveate tokens: a picture of what a model will look at."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from foveate.cli.console import note
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_ON_WINDOWS = ("sparsevit",)
+"""Methods whose hosts are Swin transformers."""
 
 
 def tokens(
@@ -19,7 +25,7 @@ def tokens(
     ] = "0.5",
     model: Annotated[
         str | None,
-        typer.Option("--model", help="A vision model: a folder or a name on the Hub.  [default: ViT-S/16 untrained]"),
+        typer.Option("--model", help="A vision model: a folder or a name on the Hub.  [default: one without training]"),
     ] = None,
     side: Annotated[
         int | None, typer.Option("--side", help="Longer side in pixels.  [default: cut to what the model takes]")
@@ -27,8 +33,8 @@ def tokens(
 ) -> None:
     """Draw where a vision model's tokens go: dark where it hardly looks, cells outlined.
 
-    Without --model an untrained ViT-S/16 for 384 x 384 pixels stands in, which is the same to methods that choose by
-    the picture alone.
+    Without --model an untrained ViT-S/16 for 384 x 384 pixels stands in (for sparsevit a Swin-T), which is the same to
+    methods that choose by the picture alone.
 
     \b
     Examples:
@@ -44,10 +50,8 @@ def tokens(
     from foveate.hosts.plugin import TokenHandle
 
     if model is None:
-        from foveate.layers.transformer import VisionTransformer
-
         torch.manual_seed(0)
-        host: torch.nn.Module = VisionTransformer(img_size=384, num_classes=0).eval()
+        host = _stand_in(method)
     else:
         from foveate.hosts import load
 
@@ -58,3 +62,18 @@ def tokens(
         drawn, look = handle.draw(picture, side)
     save(out, drawn)
     note(f"{out}: {look.tokens[0]} of {look.full} {look.unit}")
+
+
+def _stand_in(method: str) -> "nn.Module":
+    """A host of random weights."""
+    if method not in _ON_WINDOWS:
+        from foveate.layers.transformer import VisionTransformer
+
+        return VisionTransformer(img_size=384, num_classes=0).eval()
+    try:
+        from transformers import SwinConfig, SwinModel
+    except ImportError as error:
+        from foveate.errors import MissingExtraError
+
+        raise MissingExtraError("A Swin transformer needs transformers: pip install 'foveate[hosts]'") from error
+    return SwinModel(SwinConfig(image_size=448)).eval()

@@ -18,6 +18,7 @@ of the next scale); sides that windows do not divide are filled up with tokens t
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -114,7 +115,7 @@ class PlaceMLP(nn.Module):
         self.projector = nn.Sequential(nn.Linear(2, hidden), nn.ReLU(), nn.Linear(hidden, dim, bias=False))
 
     def forward(self, window: tuple[int, int]) -> Tensor:
-        weight = self.projector[0].weight
+        weight = next(self.parameters())
         y, x = ((torch.arange(n, device=weight.device) - n / 2) / (n / 2) for n in window)
         return self.projector(torch.stack([y[:, None].expand(window), x.expand(window)], -1).to(weight))
 
@@ -156,6 +157,7 @@ class MultiScaleAttention(nn.Module):
         if len(maps) != len(self.blocks):
             raise InputError(f"this block is made for {len(self.blocks)} scales, got {len(maps)}.")
         maps, device = list(maps), maps[0].device
+        blocks = cast(list[ScaleAttention], list(self.blocks))
         cuts = [Cut(size, (min(self.window, size[0]), min(self.window, size[1]))) for size in map(_size, maps)]
         for i, place in enumerate(self.posemb):
             cut = cuts[i]
@@ -167,12 +169,12 @@ class MultiScaleAttention(nn.Module):
         inside = [cut.inside(device) for cut in cuts]
         offered: dict[int, Tensor] = {}
         for i in reversed(range(len(maps))):
-            block, cut = self.blocks[i], cuts[i]
+            block, cut = blocks[i], cuts[i]
             windows = cut.cut(maps[i])
             taken, seen = [block.offer(windows)], [inside[i]]
             for m in range(i + 1, len(maps)) if self.top_down else ():
                 if m not in offered:
-                    offered[m] = self.blocks[m].offer(cuts[m].cut(maps[m]))
+                    offered[m] = blocks[m].offer(cuts[m].cut(maps[m]))
                 parents = cut.parents(cuts[m], self.pool ** (m - i), device)
                 taken.append(offered[m][:, parents])
                 known = inside[m]
@@ -181,9 +183,9 @@ class MultiScaleAttention(nn.Module):
         for i in range(1, len(maps)) if self.bottom_up else ():
             fine = cuts[i - 1]
             pieces = Cut(_size(maps[i]), tuple(-(-k // self.pool) for k in fine.window))  # type: ignore[arg-type]
-            known = self.blocks[i - 1].offer(fine.cut(maps[i - 1]))
+            known = blocks[i - 1].offer(fine.cut(maps[i - 1]))
             below = pieces.cut(maps[i])
-            maps[i] = pieces.paste(self.blocks[i](below, known, inside[i - 1]))
+            maps[i] = pieces.paste(blocks[i](below, known, inside[i - 1]))
         return maps
 
 
