@@ -1,19 +1,24 @@
-"""Implicit pictures: every output pixel is a query to the nearest feature, answered by an MLP.
+"""Implicit pictures: every output pixel is a query, answered by a small network.
 
-The query of LIIF (Chen et al. 2021, arXiv:2012.09161) without feature unfolding and local ensemble: with features
-F [h, w, C], output pixel q at its centre, c_q the centre of the nearest low-resolution pixel,
+`NeuralImage` (at the end) is asked for a place alone and holds one picture in its weights. `MLP` is asked for a place
+and the nearest feature, the query of LIIF (Chen et al. 2021, arXiv:2012.09161) without feature unfolding and local
+ensemble: with features F [h, w, C], output pixel q at its centre, c_q the centre of the nearest low-resolution pixel,
 
     z_q = [F_q, rel_y, rel_x, cell_y, cell_x] in R^(C+4),   rel = (q - c_q) * (h, w),   cell = (2/H, 2/W) * (h, w),
 
 coordinates in -1..1, so that a low-resolution pixel is 2 wide. At an integer scale s, rel and cell take s*s values.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foveate.errors import InputError
 from foveate.layers.residual import relu_
 from foveate.ops import subpixel
 
@@ -147,3 +152,140 @@ class MLP(nn.Module):
         """FLOPs of the first layer per feature and of the rest per output pixel."""
         first, *rest = self.linears
         return 2.0 * (first.in_features - 4) * first.out_features, 2.0 * sum(m.weight.numel() for m in rest)
+
+
+class Arithmetic(NamedTuple):
+    """How a `NeuralImage` computes.
+
+    Attributes:
+        sine: turns -> sin(2 pi turns).
+        snap: applied to what every layer gives.
+    """
+
+    sine: Callable[[Tensor], Tensor]
+    snap: Callable[[Tensor], Tensor]
+
+
+FLOAT = Arithmetic(lambda turns: torch.sin(2 * math.pi * turns), lambda values: values)
+
+
+class NeuralImage(nn.Module):
+    """A picture as a network from places to colours; narrower and shallower pictures are slices of it.
+
+    With filters g_i(p) = sin(2 pi (f_i p + phi_i)), places p = (x, y) in -1..1 along the longer side, and z_1 = g_1(p),
+
+        fourier   z_{i+1} = (W_i z_i + b_i) g_{i+1}(p)     multiplicative filters (Fathony et al. 2021), not trained
+        siren     z_{i+1} = sin(30 (W_i z_i + b_i))        (Sitzmann et al. 2020, arXiv:2006.09661)
+
+    A level (n, d) uses the first n rows and columns of the first d matrices, and has a head of its own for the colours
+    H z_{d+1} + h. Filters are sorted by frequency, so that the narrow levels are the coarse ones; they follow from a
+    rule (`lattice`) and need not be stored.
+
+    Args:
+        levels: (width, depth) of each, none smaller than the one before.
+        channels: of a colour.
+        kind: "fourier" or "siren".
+        top: largest frequency of a filter along an axis, in periods for each unit of place.
+        generator: of the first weights.
+
+    Raises: InputError for another kind, or levels that do not ascend.
+    """
+
+    frequencies: Tensor
+    phases: Tensor
+
+    def __init__(
+        self,
+        levels: Sequence[tuple[int, int]],
+        channels: int = 3,
+        kind: str = "fourier",
+        top: float = 8.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        steps = list(pairwise([(1, 0), *levels]))
+        if kind not in ("fourier", "siren") or not steps or any(b[i] < a[i] for a, b in steps for i in (0, 1)):
+            raise InputError(f"a neural image is 'fourier' or 'siren' with ascending levels, got {kind!r}, {levels}.")
+        self.levels, self.kind, self.top = tuple(levels), kind, top
+        width, depth = self.levels[-1]
+
+        def uniform(bound: float, *shape: int) -> nn.Parameter:
+            return nn.Parameter((2 * torch.rand(*shape, generator=generator) - 1) * bound)
+
+        if kind == "fourier":
+            frequencies, phases = lattice(depth + 1, width, top)
+            self.register_buffer("frequencies", frequencies)
+            self.register_buffer("phases", phases)
+            bound, gain = width**-0.5, 1.0
+        else:
+            self.frequencies = uniform(_OMEGA / (4 * math.pi), 1, width, 2)
+            self.phases = uniform(0.5, 1, width)
+            bound = gain = math.sqrt(6 / width) / _OMEGA
+            gain *= math.sqrt(width)
+        self.hidden = uniform(bound, depth, width, width)
+        self.biases = uniform(bound, depth, width)
+        self.heads = nn.ParameterList(uniform(gain * n**-0.5, channels, n) for n, _ in self.levels)
+        self.offsets = nn.ParameterList(nn.Parameter(torch.full((channels,), 0.5)) for _ in self.levels)
+
+    def at(self, places: Tensor, level: int = -1) -> Tensor:
+        """Colours at any places: the plain definition.
+
+        Shape: places (x, y) [..., 2] -> colours [..., channels].
+        """
+        filters = [FLOAT.sine(places @ f.T + phase) for f, phase in zip(self.frequencies, self.phases, strict=True)]
+        return self._head(self._features(filters, level, FLOAT), level)
+
+    def forward(
+        self, y: Tensor, x: Tensor, levels: Sequence[int] = (-1,), arithmetic: Arithmetic = FLOAT, heads: bool = True
+    ) -> list[Tensor]:
+        """Colours, or what the heads see, where rows y and columns x cross.
+
+        A filter is sin(a + b) = sin a cos b + cos a sin b with a of the row and b of the column, so that sines are
+        taken of rows and columns and not of pixels.
+
+        Shape: y [h], x [w] -> for each level [h * w, channels or width].
+        """
+        sine, snap = arithmetic
+        widest = max(self.levels[level][0] for level in levels)
+        deepest = max(self.levels[level][1] for level in levels) if self.kind == "fourier" else 0
+        filters = []
+        for f, phase in zip(self.frequencies[: deepest + 1, :widest], self.phases[:, :widest], strict=False):
+            a, b = (y[:, None] * f[:, 1] + phase)[:, None], x[:, None] * f[:, 0]
+            filters.append((sine(a) * sine(b + 0.25) + sine(a + 0.25) * sine(b)).flatten(0, 1))
+        found = [self._features(filters, level, arithmetic) for level in levels]
+        return [snap(self._head(z, level)) for z, level in zip(found, levels, strict=True)] if heads else found
+
+    def _features(self, filters: list[Tensor], level: int, arithmetic: Arithmetic) -> Tensor:
+        width, depth = self.levels[level]
+        z = arithmetic.snap(filters[0][..., :width])
+        for i in range(depth):
+            mixed = F.linear(z, self.hidden[i, :width, :width], self.biases[i, :width])
+            if self.kind == "fourier":
+                z = arithmetic.snap(mixed * filters[i + 1][..., :width])
+            else:
+                z = arithmetic.snap(arithmetic.sine(mixed * _OMEGA / (2 * math.pi)))
+        return z
+
+    def _head(self, z: Tensor, level: int) -> Tensor:
+        return F.linear(z, self.heads[level], self.offsets[level])
+
+
+_OMEGA = 30.0
+
+
+def lattice(filters: int, width: int, top: float) -> tuple[Tensor, Tensor]:
+    """Frequencies and phases by a rule in whole numbers, the same on every machine.
+
+    Channel c of n has (c + 1/2) / n of the largest frequency along one axis and less along the other. How much less,
+    along which, and the phase are multiples, modulo 1, of the golden ratio and of the square root of two, both as
+    16-bit fractions.
+
+    Shape: -> frequencies (x, y) in periods for a unit of place [filters, width, 2], phases in turns [filters, width].
+    """
+    number = torch.arange(filters * width).view(filters, width)
+    radius = top * (2 * torch.arange(width).double() + 1) / (2 * width)
+    turn = number * 40503 & 65535
+    along, other = radius.expand(filters, -1), radius * ((turn & 32767).double() / 16384 - 1)
+    first = turn < 32768
+    frequencies = torch.stack([torch.where(first, along, other), torch.where(first, other, along)], -1)
+    return ((frequencies * 64).round() / 64).float(), (number * 27146 & 65535).float() / 65536
