@@ -11,6 +11,7 @@ error of foveate's; they may not crash or hang.
 import argparse
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -26,13 +27,13 @@ BUDGETS = {"bytes": "1500 B", "gaussians": "40 gaussians", "ms": "0.3 s"}
 LIMIT = 2**20
 
 
-def originals() -> dict[str, bytes]:
-    """A small file of every registered codec, for a piece of photograph in colour with alpha and one in grey."""
+def originals(chosen: Iterable[str] | None = None) -> dict[str, bytes]:
+    """A small file of every chosen codec, or of all, for a piece of photograph in colour with alpha and one in grey."""
     from foveate.compress.codec import resolve
 
     piece = (pictures.samples()["astronaut"][:, 90:130, 200:248] * 255).round().byte().permute(1, 2, 0).numpy()
     found = {}
-    for method in methods():
+    for method in methods() if chosen is None else chosen:
         units = resolve(method).units
         budget = BUDGETS[units[0]] if units else None
         found[method] = foveate.compress(piece, method=method, budget=budget)

@@ -68,7 +68,7 @@ def test_size_and_mode_are_kept(method: str, photo: npt.NDArray[np.uint8], mode:
     back = foveate.decompress(_compress(picture, method))
     assert (back.mode, back.size) == (mode, picture.size)
     first, second = (np.asarray(p).astype(float) / (65535 if mode == "I;16" else 255) for p in (picture, back))
-    assert 10 * np.log10(1 / np.square(first - second).mean()) > 12
+    assert np.square(first - second).mean() < 10**-1.2
     if mode[-1] == "A":
         assert np.array_equal(np.asarray(back)[..., -1], slope)
 
@@ -150,10 +150,11 @@ def test_unusable_pictures(method: str, picture: Any) -> None:
         _compress(picture, method)
 
 
-def test_damaged_files_are_refused_and_forged_ones_do_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", methods())
+def test_damaged_files_are_refused_and_forged_ones_do_no_harm(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setattr(fuzz, "LIMIT", 2**13)
     random = np.random.default_rng(0)
-    for data in fuzz.originals().values():
+    for data in fuzz.originals([method]).values():
         for _ in range(12):
             assert fuzz.outcome(fuzz.damaged(data, random), data, honest=True) in ("refused", "unchanged")
             assert fuzz.outcome(fuzz.forged(data, random), data, honest=False) in ("refused", "unchanged", "decoded")

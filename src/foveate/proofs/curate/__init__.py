@@ -1,0 +1,1 @@
+"""Proofs of the curate wing, one module per system."""
