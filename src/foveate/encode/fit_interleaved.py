@@ -51,7 +51,7 @@ def groups_for(tokens: int) -> int:
     """The number of groups t, a square, near L^(2/3) / 4, which is where cost grows as L^(4/3).
 
     >>> [groups_for(side * side) for side in (16, 32, 64, 128)]
-    [9, 25, 64, 144]
+    [9, 25, 64, 169]
     """
     return max(1, round((tokens ** (2 / 3) / 4) ** 0.5)) ** 2
 
