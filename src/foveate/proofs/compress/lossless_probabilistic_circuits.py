@@ -46,10 +46,10 @@ from foveate.proofs.report import figure_to_picture
 
 NAMES = ("astronaut", "camera", "chelsea", "coffee", "rocket")
 SIDE, LEVELS, STATES, WIDTH = 8, 16, 32, 512
-PATCHES, TEST = {"quick": 4000, "full": 12000}, 1000
-EPOCHS, STEPS = {"quick": 12, "full": 20}, {"quick": 400, "full": 3000}
+PATCHES, TEST = {"quick": 4000, "full": 8000}, 1000
+EPOCHS, STEPS = {"quick": 12, "full": 15}, {"quick": 400, "full": 1200}
 TREES = range(4, 12)  # levels of balanced trees
-SMALL = {"quick": 40, "full": 300}  # CIFAR-10 pictures
+SMALL = {"quick": 40, "full": 200}  # CIFAR-10 pictures
 SPEEDUP, SIMILAR = 5.0, 1.05
 BELOW_INDEPENDENT, OVERHEAD = 0.9, 1.02
 

@@ -19,8 +19,8 @@ from foveate.layers.transformer import Block
 from foveate.meter import Comparison, compare, count_flops, slope
 from foveate.proofs.evidence import Evidence, ProofContext, Row
 
-SIDES = {"quick": (16, 32, 64), "full": (16, 32, 64, 128)}
-PAIRS = {16: 9, 32: 5, 64: 3, 128: 2}
+SIDES = {"quick": (16, 32, 64, 128), "full": (16, 32, 64, 128, 192)}
+PAIRS = {16: 9, 32: 5, 64: 3, 128: 2, 192: 2}
 DIM, HEADS, WINDOW, POOL = 64, 4, 4, 2
 SLOPE, FULL_SLOPE, SPEEDUP = 1.4, 1.5, 2.0
 """The steepest growth of a block's time, the least of full attention's, and the least speed-up on the largest map."""

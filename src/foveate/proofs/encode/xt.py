@@ -26,7 +26,7 @@ from foveate.proofs.evidence import Evidence, ProofContext, Row
 REGION, CANVAS, SQUARE, CHANNELS, DIM = 32, 64, 24, 32, 64
 PALETTE = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 1.0))
 CLASSES = len(PALETTE)
-STEPS, BATCH, LR, TESTED = {"quick": 1300, "full": 3000}, 32, 1.5e-3, 1000
+STEPS, BATCH, LR, TESTED = {"quick": 200, "full": 1300}, 32, 1.5e-3, 1000
 TILE, LARGE, PAIRS = 224, {"quick": (448, 672), "full": (448, 896)}, {"quick": 3, "full": 7}
 """Sides of regions and pictures that cost is measured with."""
 
