@@ -26,7 +26,7 @@ from foveate.weights import FOLDER
 PLAIN, FREEZE = 0.1, 0.8
 """Shares of the steps: before it nothing is quantised, after it no word is revived."""
 
-REVIVE, STARTING, COUNTED = 100, 4096, 60_000
+REVIVE, STARTING, COUNTED = 100, 4096, 20_000
 CONFIG = {"size": 32, "tokens": 64, "words": 128, "dim": 16, "heads": 16, "halvings": 2, "widths": [16, 32, 64]}
 
 
