@@ -93,8 +93,8 @@ def test_tiles_equal_the_reference_in_low_precision(dtype, tolerance, t, e, k, c
     gate = random(t, k, seed=seed + 3).softmax(1) if gated else None
     route, upstream = Route.of(index, e), random(t if gated else t * k, o, seed=seed + 4)
 
-    def run(compute, dtype):
-        leaves = [v.to(dtype).requires_grad_() for v in (x, weight, bias, *([gate] if gated else []))]
+    def run(compute, own):
+        leaves = [v.to(dtype).to(own).requires_grad_() for v in (x, weight, bias, *([gate] if gated else []))]
         y = compute(
             leaves[0],
             leaves[1],
@@ -103,7 +103,7 @@ def test_tiles_equal_the_reference_in_low_precision(dtype, tolerance, t, e, k, c
             gate=leaves[3] if gated else None,
             grouped_in=mode == "grouped",
         )
-        return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(dtype))]
+        return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(dtype).to(own))]
 
     for fast, exact in zip(run(grouped_linear, dtype), run(grouped_linear_reference, torch.float64), strict=True):
         assert fast.dtype == dtype
