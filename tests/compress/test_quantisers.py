@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foveate.compress.quantisers import Affine, ResidualVQ, kmeans, round_through
+from foveate.compress.quantisers import Affine, ResidualVQ, round_through
 from foveate.errors import InputError
 
 
@@ -48,14 +48,6 @@ def test_affine_may_leave_outliers_outside():
         Affine.of(x, 17)
     with pytest.raises(InputError, match=r"\(3,\)"):
         Affine.of(torch.zeros(3), 2)
-
-
-def test_kmeans_finds_what_is_apart():
-    centres = torch.tensor([[0.0, 0], [5, 0], [0, 9]])
-    x = centres.repeat_interleave(20, 0) + 0.01 * torch.randn(60, 2, generator=generator())
-    found = kmeans(x, 3, generator())
-    assert torch.cdist(centres, found).amin(1).max() < 0.05
-    assert kmeans(torch.ones(2, 2), 4, generator()).shape == (4, 2)
 
 
 def test_each_stage_halves_what_is_left_and_gradients_pass():

@@ -90,3 +90,8 @@ def test_a_folder_of_pictures_that_are_all_too_small_is_refused(tmp_path):
     smooth(60, 60).save(tmp_path / "small.png")
     with pytest.raises(InputError):
         Crops([tmp_path], 4)
+
+
+def test_crops_larger_than_a_picture_are_refused(folder):
+    with pytest.raises(InputError, match="crops of 300 pixels do not fit a picture that is 51 "):
+        Crops([folder], 2)(4, 300)

@@ -157,3 +157,26 @@ def test_the_rate_warms_up_to_1_and_falls_to_its_end(steps):
     assert min(rates) > 0
     assert schedule(steps, steps) == pytest.approx(0.01)
     assert schedule(steps, steps, final=0.5) == pytest.approx(0.5)
+
+
+class Counting(nn.Module):
+    """A buffer that counts the steps, and a parameter that no loss reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.idle = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.ones(1))
+        self.register_buffer("count", torch.zeros(()))
+
+    def loss(self, step):
+        self.count += 1
+        return (self.w - 1).square().sum()
+
+
+def test_a_resumed_training_has_its_buffers_and_tolerates_idle_parameters(tmp_path):
+    file = tmp_path / "run.safetensors"
+    first = Counting()
+    fit(first, first.loss, 5, checkpoint=file, log=quiet)
+    second = Counting()
+    fit(second, second.loss, 8, checkpoint=file, log=quiet)
+    assert second.count == 8
+    assert second.idle == 1

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InputError
+from foveate.layers.vector_quantise import kmeans, nearest
 
 
 def round_through(x: Tensor) -> Tensor:
@@ -76,8 +77,8 @@ class ResidualVQ:
         """Codebooks by k-means on values [N, D] and what remains of them."""
         books, rest = [], values.detach()
         for _ in range(stages):
-            book = kmeans(rest, size, generator, rounds)
-            rest = rest - book[_nearest(rest, book)]
+            book = kmeans(rest[None], size, generator, rounds)[0]
+            rest = rest - book[nearest(rest, book)]
             books.append(book)
         return cls(torch.stack(books))
 
@@ -89,29 +90,10 @@ class ResidualVQ:
         """The nearest codeword of each stage. Shape: [N, D] -> [N, M] int64."""
         rest, codes = values.detach(), []
         for book in self.words:
-            codes.append(_nearest(rest, book))
+            codes.append(nearest(rest, book))
             rest = rest - book[codes[-1]]
         return torch.stack(codes, 1)
 
     def values(self, codes: Tensor) -> Tensor:
         """Sums of codewords. Shape: [N, M] -> [N, D]."""
         return torch.stack([book[code] for book, code in zip(self.words, codes.unbind(1), strict=True)]).sum(0)
-
-
-def kmeans(values: Tensor, size: int, generator: torch.Generator, rounds: int = 10) -> Tensor:
-    """Lloyd's algorithm from distant first centres (k-means++). Shape: [N, D] -> [size, D]."""
-    book = values[torch.randint(len(values), (1,), generator=generator)]
-    for _ in range(size - 1):
-        distance = torch.cdist(values, book).amin(1).square()
-        weight = distance if distance.sum() > 0 else torch.ones_like(distance)
-        book = torch.cat([book, values[torch.multinomial(weight, 1, generator=generator)]])
-    for _ in range(rounds):
-        code = _nearest(values, book)
-        mass = torch.bincount(code, minlength=size).to(values)
-        sums = torch.zeros_like(book).index_add_(0, code, values)
-        book = torch.where(mass[:, None] > 0, sums / mass[:, None].clamp_min(1), book)
-    return book
-
-
-def _nearest(values: Tensor, book: Tensor) -> Tensor:
-    return torch.cdist(values, book).argmin(1)

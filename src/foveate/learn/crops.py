@@ -51,8 +51,15 @@ class Crops:
         """Draw crops with random flips and transposition.
 
         Returns: (low [batch, 3, side, side], high [batch, 3, s*side, s*side]), float in 0..1.
+        Raises: InputError for a side that some picture does not have.
         """
         s = self.scale
+        shortest = min(min(low.shape[:2]) for low, _ in self.pairs)
+        if side > shortest:
+            raise InputError(
+                f"crops of {side} pixels do not fit a picture that is {shortest} pixels wide or high at 1/{s} of its "
+                f"size; use crops of at most {shortest}, or larger pictures."
+            )
         low = np.empty((batch, side, side, 3), np.uint8)
         high = np.empty((batch, side * s, side * s, 3), np.uint8)
         for i, k in enumerate(self.random.choice(len(self.pairs), batch, p=self.weights)):

@@ -61,7 +61,7 @@ def fit(
     averaged = [p.detach().clone() for p in trained]
     start, before = 0, 0.0
     if checkpoint and checkpoint.exists():
-        start, before = _restore(checkpoint, trained, averaged, adam)
+        start, before = _restore(checkpoint, model, trained, averaged, adam)
     began, running, counted, scores = time.perf_counter(), 0.0, 0, {}
     for step in range(start, steps):
         for group in adam.param_groups:
@@ -77,7 +77,7 @@ def fit(
         if (step + 1) % every == 0 or step + 1 == steps:
             seconds = before + time.perf_counter() - began
             if checkpoint:
-                _keep(checkpoint, trained, averaged, adam, step + 1, seconds)
+                _keep(checkpoint, model, trained, averaged, adam, step + 1, seconds)
             if evaluate:
                 scores = _with(trained, averaged, lambda: evaluate(model))
             line = {"step": step + 1, "loss": running / counted, "seconds": round(seconds), **scores}
@@ -101,28 +101,38 @@ def _with(trained: list[nn.Parameter], averaged: list[Tensor], run: Callable[[],
     return scores
 
 
-def _keep(path: Path, trained: list, averaged: list, adam: torch.optim.Adam, step: int, seconds: float) -> None:
+def _keep(
+    path: Path, model: nn.Module, trained: list, averaged: list, adam: torch.optim.Adam, step: int, seconds: float
+) -> None:
+    """Parameters, their averages and moments (a parameter that no loss has reached has none), and buffers."""
     tensors = {"step": torch.tensor(step), "seconds": torch.tensor(seconds)}
+    tensors |= {f"buffer.{name}": b.detach().contiguous().clone() for name, b in model.named_buffers()}
     for i, (p, a) in enumerate(zip(trained, averaged, strict=True)):
-        state = adam.state[p]
         tensors |= {f"{i}.p": p.detach().contiguous(), f"{i}.a": a.contiguous()}
-        tensors |= {f"{i}.m": state["exp_avg"].contiguous(), f"{i}.v": state["exp_avg_sq"].contiguous()}
+        if state := adam.state.get(p):
+            tensors |= {f"{i}.m": state["exp_avg"].contiguous(), f"{i}.v": state["exp_avg_sq"].contiguous()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     save_file(tensors, temporary)
     os.replace(temporary, path)
 
 
-def _restore(path: Path, trained: list, averaged: list, adam: torch.optim.Adam) -> tuple[int, float]:
+def _restore(
+    path: Path, model: nn.Module, trained: list, averaged: list, adam: torch.optim.Adam
+) -> tuple[int, float]:
     tensors = load_file(path)
     step = int(tensors["step"])
     with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if f"buffer.{name}" in tensors:
+                buffer.copy_(tensors[f"buffer.{name}"])
         for i, (p, a) in enumerate(zip(trained, averaged, strict=True)):
             p.copy_(tensors[f"{i}.p"])
             a.copy_(tensors[f"{i}.a"])
-            adam.state[p] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": tensors[f"{i}.m"].clone(memory_format=torch.preserve_format),
-                "exp_avg_sq": tensors[f"{i}.v"].clone(memory_format=torch.preserve_format),
-            }
+            if f"{i}.m" in tensors:
+                adam.state[p] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": tensors[f"{i}.m"].clone(memory_format=torch.preserve_format),
+                    "exp_avg_sq": tensors[f"{i}.v"].clone(memory_format=torch.preserve_format),
+                }
     return step, float(tensors["seconds"])
