@@ -128,6 +128,11 @@ NETWORKS = {
         "foveate.encode.mone:MoNE",
         {"img_size": SIDE, "patch_size": 4, "embed_dim": 80, "depth": 4, "num_heads": 4},
     ),
+    # Without its ponder loss, for which see recipes/budgets.py.
+    "adatape": Network(
+        "foveate.encode.adatape:AdaTape",
+        {"img_size": SIDE, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4},
+    ),
 }
 
 

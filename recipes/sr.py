@@ -25,10 +25,14 @@ from foveate.learn.crops import Crops
 from foveate.learn.fit import fit
 from foveate.meter.quality import psnr_y
 from foveate.ops.color import rgb_to_y
+from foveate.restore.acla import ACLA
 from foveate.restore.adaptive_patch_exiting import APE
 from foveate.restore.espcn import ESPCN
 from foveate.restore.pcsr import HEAVY, PCSR
 from foveate.restore.scnet import SCNet
+from foveate.restore.seemore import SeemoRe
+from foveate.restore.srformer import SRFormer
+from foveate.restore.tcsr import TCSR
 
 TRAINING = ("bsds300", "sunhays80", "t91")
 
@@ -144,17 +148,14 @@ def train_ape(args: argparse.Namespace, crops: Crops, pairs: list) -> tuple[Upsc
 
 
 def train_plain(network: type[Upscaler], config: dict, args: argparse.Namespace, crops: Crops, pairs: list) -> tuple:
-    """Mean absolute error of the luminance-only or RGB network."""
+    """Minimise `plain_loss` on random crops."""
     config = {"scale": args.scale, **config}
     model = network(**config).to(memory_format=torch.channels_last)
     if args.start:
         start(model, args.start)
 
-    def loss(_: int) -> torch.Tensor:
-        low, high = crops(8, 32)
-        if network is ESPCN:
-            return (model(rgb_to_y(low)) - rgb_to_y(high)).abs().mean()
-        return (model(low) - high).abs().mean()
+    def loss(step: int) -> torch.Tensor:
+        return plain_loss(model.train(), *crops(8, 32), progress=step / args.steps)
 
     done = fit(
         model,
@@ -168,11 +169,29 @@ def train_plain(network: type[Upscaler], config: dict, args: argparse.Namespace,
     return model, {"config": config, "training": training | {"batch": 8, "crop": 32, "lr": args.lr}}
 
 
+def plain_loss(model: Upscaler, low: torch.Tensor, high: torch.Tensor, progress: float) -> torch.Tensor:
+    """Mean absolute error, and what a network's authors add to it. `progress` goes from 0 to 1."""
+    match model:
+        case ESPCN():
+            return (model(rgb_to_y(low)) - rgb_to_y(high)).abs().mean()
+        case SeemoRe():
+            return model.loss(low, high)
+        case ACLA():
+            model.set_temperature(5 * 0.02**progress)
+            return (model(low) - high).abs().mean() + 1e-3 * model.sparsity()
+        case _:
+            return (model(low) - high).abs().mean()
+
+
 METHODS = {
     "pcsr": train_pcsr,
     "adaptive-patch-exiting": train_ape,
     "scnet": partial(train_plain, SCNet, {"channels": 40, "blocks": 16, "upsampling": "ps"}),
     "espcn": partial(train_plain, ESPCN, {"residual": True, "activation": "relu"}),
+    "seemore": partial(train_plain, SeemoRe, {"channels": 32, "groups": 5, "base": True}),
+    "srformer": partial(train_plain, SRFormer, {"channels": 36, "depths": [4, 4], "drop": 0.0, "base": True}),
+    "tcsr": partial(train_plain, TCSR, {"channels": 32, "blocks": 6, "kernel_size": 7, "base": True}),
+    "acla": partial(train_plain, ACLA, {"channels": 32, "blocks": 8}),
 }
 
 

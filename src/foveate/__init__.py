@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from foveate.engine.budget import Budget as Budget
     from foveate.learn.stylize import stylize as stylize
     from foveate.proofs import Evidence
+    from foveate.restore.downscale import downscale as downscale
     from foveate.restore.upscale import upscale as upscale
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "compress",
     "create",
     "decompress",
+    "downscale",
     "errors",
     "list_systems",
     "prove",
@@ -46,6 +48,7 @@ _LAZY = {
     "Budget": ("foveate.engine.budget", "Budget"),
     "compress": ("foveate.compress", ""),  # the package, which can be called
     "decompress": ("foveate.compress.verbs", "decompress"),
+    "downscale": ("foveate.restore.downscale", "downscale"),
     "errors": ("foveate.errors", ""),
     "stylize": ("foveate.learn.stylize", "stylize"),
     "upscale": ("foveate.restore.upscale", "upscale"),

@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
-from foveate.bench.upscale import measured, read
+from foveate.bench.upscale import CAPTION, CROP, GAP, ZOOM, hardest, measured, pair, read, sheet
 from foveate.errors import InputError
 from foveate.proofs import ProofContext
 from foveate.restore.upscale import network
@@ -33,3 +34,17 @@ def test_budgets_below_the_floor_are_left_out_and_others_cost_their_share(pictur
 def test_a_folder_without_pictures_is_refused(tmp_path):
     with pytest.raises(InputError, match="no pictures"):
         read(tmp_path)
+
+
+def test_a_sheet_shows_the_crop_that_interpolation_does_worst() -> None:
+    dice = torch.Generator().manual_seed(0)
+    picture = torch.full((1, 3, 192, 192), 0.5)
+    picture[..., 96:, :96] = torch.rand(1, 3, 96, 96, generator=dice)
+    low, high = pair(picture, 2)
+    assert hardest([(low[..., :24, :24], high[..., :48, :48]), (low, high)], 2)[2] == (0, 96)
+    page = sheet([picture], 2, ProofContext(), ["espcn"])
+    assert page.size == (4 * (ZOOM * CROP + GAP), ZOOM * CROP + CAPTION)
+    shown = torch.from_numpy(np.array(page)).permute(2, 0, 1)[:, : ZOOM * CROP : ZOOM, : ZOOM * CROP : ZOOM]
+    assert torch.equal(shown, (255 * picture[0, :, 96:, :96]).round().byte())
+    with pytest.raises(InputError, match="smaller than 96 pixels"):
+        sheet([picture[..., :90, :]], 2, ProofContext(), [])

@@ -27,20 +27,29 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import foveate
-from foveate import catalog
+from foveate import catalog, weights
 from foveate.catalog import KINDS, Card
+from foveate.layers.upscaler import Rendered, Upscaler
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as a user calls it: run(picture, [target], budget=...) -> (picture, report); sides grow by `growth`."""
+    """A job as a user calls it: run(picture, [target], budget=...) -> (picture, report).
+
+    Attributes:
+        size: (rows, columns) of a picture to those of the result.
+        network: a new network, with `floor` and `upscale(x, share)`.
+        budgets: whether `run` knows budgets.
+    """
 
     slug: str
     run: Callable[..., Any]
-    growth: int
+    size: Callable[[int, int], tuple[int, int]]
     network: Callable[[], Any]
+    budgets: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,14 +60,51 @@ class Subject:
     example: Callable[..., tuple[Any, tuple[Any, ...]]]
 
 
-def _upscaling(slug: str) -> Job:
-    def run(*pictures: Any, budget: Any = 1.0) -> Any:
-        return foveate.upscale(*pictures, scale=2, method=slug, budget=budget)
+class Resized(nn.Module):
+    """A network of any scale, or one that shrinks, with the face of those that enlarge by a fixed scale."""
 
-    return Job(slug, run, 2, lambda: foveate.create(slug, pretrained=True, scale=2))
+    floor = 1.0
+
+    def __init__(self, network: Any, size: Callable[[int, int], tuple[int, int]]) -> None:
+        super().__init__()
+        self.network, self.size = network, size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size = self.size(*x.shape[2:])
+        turn = self.network.reduce if size[0] < x.shape[2] else self.network.enlarge
+        result: torch.Tensor = turn(x.to(next(self.parameters()).dtype), size)
+        return result
+
+    def upscale(self, x: torch.Tensor, share: float = 1.0) -> Rendered:
+        return Rendered(self(x), x[:, :1], 0.0)
 
 
-JOBS = {"restore": _upscaling}
+def _resizing(slug: str) -> Job:
+    """Twice, or for systems that shrink half the size; systems without weights run a small network of random ones."""
+    target: Any = catalog.card(slug).target()
+    fixed, shrinks = issubclass(target, Upscaler), not hasattr(target, "enlarge") and not issubclass(target, Upscaler)
+    own = 2 in weights.available().get(slug, []) or weights.place(slug).exists()
+
+    def network() -> Any:
+        if own:
+            return target.pretrained(2) if fixed or shrinks else target.pretrained()
+        torch.manual_seed(0)
+        if hasattr(target, "conformance_example"):
+            return target.conformance_example()[0].eval()
+        return target(scale=2).eval()
+
+    def size(height: int, width: int) -> tuple[int, int]:
+        return (-(-height // 2), -(-width // 2)) if shrinks else (2 * height, 2 * width)
+
+    method = slug if own else network()
+
+    def run(*pictures: Any, **budget: Any) -> Any:
+        return (foveate.downscale if shrinks else foveate.upscale)(*pictures, scale=2, method=method, **budget)
+
+    return Job(slug, run, size, network if fixed else lambda: Resized(network(), size), not shrinks)
+
+
+JOBS = {"restore": _resizing}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

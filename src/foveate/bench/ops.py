@@ -3,6 +3,7 @@
 Inputs are random and float32; those of operators that run on a GPU alone are bfloat16, which is what they are for.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from foveate.encode.fftnet import SpectralMixer
 from foveate.ops import gaussians, subpixel, triangular_conv, wavelet
 from foveate.ops.gathered import gathered
 from foveate.ops.large_depthwise import large_depthwise
+from foveate.ops.neighbourhood_attention import neighbourhood_attention, neighbourhood_reference
 from foveate.ops.tile.attention import attention
 from foveate.ops.tile.gemm import gemm
 from foveate.ops.tile.linear_attention import linear_attention
@@ -99,6 +101,19 @@ def deformed(dice: Generator, side: int) -> Case:
     return Case(f"{side} x {side} x 64, 3 x 3", inputs, lambda *inputs: gathered(*inputs, kernel_size=3))
 
 
+def neighbours(dice: Generator, kernel: int) -> Case:
+    """Attention to the pixels around each pixel; `gathered` copies all neighbours at once, the reference by rows."""
+    side, heads = 96, 4
+
+    def gather(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(1, (heads, -1)) for x in (q / 4, k, v))
+        return neighbourhood_reference(q, k, v, None, kernel).flatten(1, 2)
+
+    inputs = tuple(normal(dice, 1, 64, side, side) for _ in range(3))
+    attend = partial(neighbourhood_attention, kernel_size=kernel, heads=heads)
+    return Case(f"{side} x {side} x 64, {kernel} x {kernel}", inputs, attend, {"gathered": Way(gather)})
+
+
 def depthwise(dice: Generator, kernel: int) -> Case:
     """Depth-wise convolution with a large kernel; the reference is PyTorch's."""
     inputs = normal(dice, 1, 128, 28, 28), normal(dice, 128, 1, kernel, kernel)
@@ -159,6 +174,7 @@ OPERATORS = {
         Operator("subpixel-queries", queries, "features", (1024, 4096, 16384), (FORWARD,), CPU),
         Operator("gathered", aggregation, KERNEL, (3, 5, 7)),
         Operator("gathered-with-offsets", deformed, PIXELS, (14, 28, 56)),
+        Operator("neighbourhood-attention", neighbours, KERNEL, (3, 9, 13), devices=CPU),
         Operator("large-depthwise", depthwise, KERNEL, (13, 31, 51), devices=CPU),
         Operator("gaussians", drawing, PIXELS, (64, 128, 256)),
         Operator("selective-scan", scan, "tokens", (64, 256, 1024)),

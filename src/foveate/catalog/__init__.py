@@ -35,7 +35,11 @@ WINGS = (
     "ops",
 )
 KINDS = ("job", "model", "plugin", "tool")
-_COMMANDS = {"restore": "foveate upscale in.jpg out.png", "compress": "foveate compress in.png out.fov"}
+_COMMANDS = {
+    "restore": "foveate upscale in.jpg out.png",
+    "downscale": "foveate downscale in.jpg out.png",
+    "compress": "foveate compress in.png out.fov",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Card:
         entry: "module:name" of its code; None while there is none.
         proof: "module:name" of the function that re-runs the claim; None while there is none.
         network: "module:name" of the network that `foveate.create` builds, where the entry is a part of one.
+        verb: the command that runs a job, where it is not the usual one of its wing.
     """
 
     slug: str
@@ -67,6 +72,7 @@ class Card:
     entry: str | None = None
     proof: str | None = None
     network: str | None = None
+    verb: str | None = None
 
     @property
     def works(self) -> bool:
@@ -76,7 +82,7 @@ class Card:
     @property
     def command(self) -> str | None:
         """The command line that runs a job; None for other kinds, and for wings without a verb."""
-        start = _COMMANDS.get(self.wing) if self.kind == "job" else None
+        start = _COMMANDS.get(self.verb or self.wing) if self.kind == "job" else None
         return start and f"{start} --method {self.slug}"
 
     def target(self) -> Any:

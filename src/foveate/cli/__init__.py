@@ -16,6 +16,7 @@ from foveate.cli.bench import bench
 from foveate.cli.catalogue import list_, show
 from foveate.cli.compress import compress, decompress, inspect
 from foveate.cli.demo import demo
+from foveate.cli.downscale import downscale, rescale_cycle
 from foveate.cli.measure import measure
 from foveate.cli.prove import prove
 from foveate.cli.stylize import stylize
@@ -55,6 +56,8 @@ def _face(
 
 
 app.command()(upscale)
+app.command()(downscale)
+app.command("rescale-cycle")(rescale_cycle)
 app.command()(compress)
 app.command()(decompress)
 app.command()(inspect)

@@ -127,14 +127,14 @@ def upscale(
 ) -> None:
     """Measure quality and cost of every super-resolution network at several budgets.
 
-    The report is written after every set of pictures.
+    The report is written after every set of pictures, and last a sheet with one hard crop through all methods.
 
     \b
     Examples:
       foveate bench upscale --data pictures/
       foveate bench upscale --data set5/ --method pcsr --scale 4 --budget 0.5
     """
-    from foveate.bench.upscale import BUDGETS, REPORT, SETS, measured, read
+    from foveate.bench.upscale import BUDGETS, REPORT, SETS, measured, read, sheet
     from foveate.proofs import ProofContext
     from foveate.proofs.report import RESULTS
 
@@ -151,3 +151,7 @@ def upscale(
                 note(f"written to {REPORT.write(entries, out or RESULTS)}")
     if as_json:
         print_json(everything)
+        return
+    place = Path(out or RESULTS) / "upscale-crop.png"
+    sheet(originals, max(scales or (4,)), context, names).save(place)
+    note(f"written to {place}")

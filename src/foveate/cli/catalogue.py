@@ -91,6 +91,26 @@ def _adaptive(slug: str) -> bool:
     return any(weights.card(slug, scale).get("floor", 1) <= 0.5 for scale in weights.available().get(slug, []))
 
 
+def _resizing(card: "Card") -> list[str]:
+    """How to enlarge or shrink by a system; one without weights is built and passed."""
+    from foveate import weights
+
+    verb = card.verb or "upscale"
+    call = f'foveate.{verb}("in.jpg", "out.png", scale=2, method='
+    option, argument = (" --budget 0.5", ", budget=0.5") if _adaptive(card.slug) else ("", "")
+    if weights.place(card.slug).exists():
+        scale, settings = 2.7, ""
+    elif card.slug in weights.available():
+        scale, settings = weights.available()[card.slug][0], f", scale={weights.available()[card.slug][0]}"
+    else:
+        return [f'network = foveate.create("{card.slug}")', f"{call}network)"]
+    return [
+        f"{card.command} --scale {scale}{option}",
+        f'{call.replace("scale=2", f"scale={scale}")}"{card.slug}"{argument})',
+        f'network = foveate.create("{card.slug}", pretrained=True{settings})',
+    ]
+
+
 def how_to_use(card: "Card") -> list[str]:
     """Lines to copy, by the kind of the system; none when it does not work yet."""
     if card.entry is None:
@@ -106,10 +126,5 @@ def how_to_use(card: "Card") -> list[str]:
     if card.command and card.wing == "compress":
         lines = [card.command, f'data = foveate.compress("in.png", method="{card.slug}")', "foveate.decompress(data)"]
     elif card.command:
-        option, argument = (" --budget 0.5", ", budget=0.5") if _adaptive(card.slug) else ("", "")
-        lines = [
-            f"{card.command} --scale 2{option}",
-            f'foveate.upscale("in.jpg", "out.png", scale=2, method="{card.slug}"{argument})',
-            f'network = foveate.create("{card.slug}", pretrained=True, scale=2)',
-        ]
+        lines = _resizing(card)
     return [*lines, f"foveate prove {card.slug}"] if card.proof else lines

@@ -2,7 +2,6 @@
 
 import ast
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from foveate.cli.console import note, on_terminal, print_json, print_table
+from foveate.cli.batch import bar, check_folder, is_batch, items_of, leave, numbers, run_batch, split
+from foveate.cli.console import note, print_json, print_table
 from foveate.errors import InputError
 
 _Paths = Annotated[
@@ -55,10 +55,10 @@ def compress(
     """
     from foveate.compress.verbs import DEFAULT, check
 
-    *sources, out = _split("compress", paths)
+    sources, out = split("compress", paths)
     settings = {"method": method or DEFAULT, "budget": budget, "quality": quality, **_settings(set or [])}
     check(**settings)
-    if _is_batch(sources, out):
+    if is_batch(sources, out):
         _many(sources, out, ".fov", compress_file, settings, jobs, resume, quiet)
     else:
         _one(sources[0], out, quiet, settings)
@@ -82,13 +82,13 @@ def decompress(
       foveate decompress photo.fov large.png --size 4096x4096
       foveate decompress photo.fov corner.png --window 0,0,256,256
     """
-    *sources, out = _split("decompress", paths)
+    sources, out = split("decompress", paths)
     settings = {
-        "size": _numbers("--size", size, "x", 2),
-        "window": _numbers("--window", window, ",", 4),
+        "size": numbers("--size", size, "x", 2),
+        "window": numbers("--window", window, ",", 4),
         "prefix": prefix,
     }
-    if _is_batch(sources, out):
+    if is_batch(sources, out):
         _many(sources, out, f".{format.lower().lstrip('.')}", decompress_file, settings, jobs, resume, quiet)
         return
     began = time.perf_counter()
@@ -154,20 +154,14 @@ def decompress_file(source: Path, target: Path, **settings: Any) -> dict[str, An
 
 
 def _one(source: Path, out: Path, quiet: bool, settings: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
-
     began, seen = time.perf_counter(), {"psnr": ""}
-    with (
-        Progress(console=Console(file=sys.stderr), transient=True, disable=quiet or not sys.stderr.isatty()) as bar,
-        _stopping(bar.console.print) as asked,
-    ):
-        line = bar.add_task(source.name, total=1.0)
+    with bar(quiet) as shown, _stopping(shown.console.print) as asked:
+        line = shown.add_task(source.name, total=1.0)
 
         def progress(share: float, psnr: float | None) -> bool:
             if psnr is not None:
                 seen["psnr"] = f"{psnr:.2f} dB, "
-            bar.update(line, completed=share, description=f"{source.name}  {seen['psnr'].rstrip(', ')}")
+            shown.update(line, completed=share, description=f"{source.name}  {seen['psnr'].rstrip(', ')}")
             return asked()
 
         rate = compress_file(source, out, progress=progress, **settings)
@@ -207,25 +201,12 @@ def _many(
     resume: bool,
     quiet: bool,
 ) -> None:
-    from foveate.batch.run import run, targets
-
-    if out.exists() and not out.is_dir():
-        raise InputError(f"several files go into a folder, but {str(out)!r} is a file; name a folder.")
-    items = targets(_list(sources, out, worker is decompress_file), suffix)
-    if not items:
-        raise InputError(f"nothing to do in {', '.join(sorted({str(s) for s in sources}))}.")
+    check_folder(out)
+    compressed = worker is decompress_file
+    found = _list(sources, out, compressed)
+    items = items_of(found, sources, suffix, "compressed files" if compressed else "pictures")
     kept = {name: str(value) for name, value in settings.items()} | {"suffix": suffix}
-    shown = not quiet and on_terminal()
-    summary = run(items, partial(worker, **settings), out, jobs, kept, progress=shown, resume=resume)
-    for failure in summary.failed:
-        note(f"foveate: {failure.source}: {failure.message}")
-    if not quiet:
-        done = f"{summary.done} done, {summary.skipped} skipped as done before, {len(summary.failed)} failed"
-        note(f"{out}: {done}, {summary.seconds:.1f} s")
-    if summary.interrupted:
-        raise typer.Exit(130)
-    if summary.failed:
-        raise typer.Exit(2)
+    leave(run_batch(items, partial(worker, **settings), out, kept, jobs, resume, quiet))
 
 
 def _list(sources: list[Path], out: Path, compressed: bool) -> list[tuple[Path, Path]]:
@@ -240,16 +221,6 @@ def _list(sources: list[Path], out: Path, compressed: bool) -> list[tuple[Path, 
     return [(path, relative) for path, relative in found if not path.is_dir()]
 
 
-def _split(verb: str, paths: list[Path]) -> list[Path]:
-    if len(paths) < 2:
-        raise InputError(f"{verb} needs an input and an output, got only {str(paths[0])!r}; add where the result goes.")
-    return paths
-
-
-def _is_batch(sources: list[Path], out: Path) -> bool:
-    return len(sources) > 1 or sources[0].is_dir() or out.is_dir() or out.suffix == ""
-
-
 def _settings(pairs: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for pair in pairs:
@@ -261,13 +232,3 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             found[name] = value
     return found
-
-
-def _numbers(option: str, text: str | None, between: str, count: int) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    parts = text.lower().split(between)
-    if len(parts) != count or not all(part.strip().isdecimal() for part in parts):
-        form = "WxH, such as 640x480" if count == 2 else "x,y,width,height, such as 0,0,256,256"
-        raise InputError(f"{option} takes {form}, got {text!r}.")
-    return tuple(int(part) for part in parts)

@@ -1,14 +1,13 @@
 """foveate stylize: one picture or a folder of them, painted in a style."""
 
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from foveate.cli.compress import _is_batch, _many, _split
+from foveate.cli.batch import bar, check_folder, is_batch, items_of, leave, run_batch, split, suffix_of
 from foveate.cli.console import note
-from foveate.errors import InputError
 
 
 def stylize(
@@ -40,31 +39,29 @@ def stylize(
       foveate stylize photo.jpg out.png --style mosaic --strength 0.7
       foveate stylize holiday/ painted/ --style strokes --jobs 2
     """
-    from foveate.data.pictures import WRITABLE
+    from foveate.data.pictures import list_pictures
     from foveate.learn.stylize import check, style_network, stylize_file
 
-    *sources, out = _split("stylize", paths)
+    sources, out = split("stylize", paths)
     settings: dict[str, Any] = {"style": style, "strength": strength, "tile": tile, "device": device}
-    if not _is_batch(sources, out):
+    if not is_batch(sources, out):
         _one(sources[0], out, quiet, settings)
         return
-    suffix = f".{format.lower().lstrip('.')}"
-    if suffix not in WRITABLE:
-        raise InputError(f"cannot write format {format!r}; use one of {', '.join(s[1:] for s in WRITABLE)}.")
+    suffix = suffix_of(format)
     check(strength, tile)
     style_network(style, device)
-    _many(sources, out, suffix, stylize_file, settings, jobs, resume, quiet)
+    check_folder(out)
+    items = items_of(list_pictures(sources, skip=out), sources, suffix)
+    kept = {name: str(value) for name, value in settings.items()} | {"suffix": suffix}
+    leave(run_batch(items, partial(stylize_file, **settings), out, kept, jobs, resume, quiet))
 
 
 def _one(source: Path, out: Path, quiet: bool, settings: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from foveate.learn.stylize import stylize as run
 
-    with Progress(console=Console(file=sys.stderr), transient=True, disable=quiet or not sys.stderr.isatty()) as bar:
-        line = bar.add_task(source.name, total=None)
-        report = run(source, out, progress=lambda y, all: bar.update(line, completed=y, total=all), **settings).report
+    with bar(quiet) as shown:
+        line = shown.add_task(source.name, total=None)
+        report = run(source, out, progress=lambda y, all: shown.update(line, completed=y, total=all), **settings).report
     if not quiet:
         note(f"{out}: {report}")
 

@@ -117,9 +117,7 @@ def _keep(
     os.replace(temporary, path)
 
 
-def _restore(
-    path: Path, model: nn.Module, trained: list, averaged: list, adam: torch.optim.Adam
-) -> tuple[int, float]:
+def _restore(path: Path, model: nn.Module, trained: list, averaged: list, adam: torch.optim.Adam) -> tuple[int, float]:
     tensors = load_file(path)
     step = int(tensors["step"])
     with torch.no_grad():

@@ -11,15 +11,17 @@ Nothing of T times the size of x exists but the weights themselves. Planes that 
 that the weights stay in cache.
 """
 
-from functools import cache
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from foveate.ops.gathered import Geometry, channel_groups
 from foveate.ops.threads import in_parts
+
+_compiled: Any = numba.njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, cache=True, error_model="numpy")
 
 
 def shifted_cpu(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -63,7 +65,7 @@ class _Shifted(torch.autograd.Function):
         out = x.new_empty(*x.shape[:2], *geometry.size)
         arrays = _arrays(x, weight, out)
         form = (plan.base, plan.shape, plan.planes)
-        in_parts(lambda i, j: _kernels()["forward"](*arrays, *form, i, j), len(plan.planes), 1)
+        in_parts(lambda i, j: _forward(*arrays, *form, i, j), len(plan.planes), 1)
         return out
 
     @staticmethod
@@ -75,14 +77,14 @@ class _Shifted(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
             of_x = _arrays(dx, weight, dout)
-            in_parts(lambda i, j: _kernels()["to_x"](*of_x, *form, i, j), len(plan.planes), 1)
+            in_parts(lambda i, j: _to_x(*of_x, *form, i, j), len(plan.planes), 1)
         if ctx.needs_input_grad[1]:
             dweight = torch.zeros_like(weight)
             of_weight = _arrays(x, dweight, dout)
             # Rows of one owner's weights are shared out only where there are too few owners for the threads.
             parts = min(weight.shape[3], -(-torch.get_num_threads() // plan.owners))
             units = plan.owners * parts
-            in_parts(lambda i, j: _kernels()["to_weight"](*of_weight, *form, plan.shared, parts, i, j), units, 1)
+            in_parts(lambda i, j: _to_weight(*of_weight, *form, plan.shared, parts, i, j), units, 1)
         return dx, dweight, None
 
 
@@ -90,87 +92,83 @@ def _arrays(*tensors: Tensor) -> tuple[Any, ...]:
     return tuple(t.detach().numpy() for t in tensors)
 
 
-@cache
-def _kernels() -> dict[str, Any]:
-    import numba
+# Globals: a loop that calls one of an enclosing function would be new in every process, and nothing cached.
+@_compiled
+def _fill(x, shape, plane):  # type: ignore[no-untyped-def]
+    across, count, line, top, left = shape[0], shape[1], shape[2], shape[3], shape[4]
+    for phase in range(across):
+        first = (phase - left) % across  # the first column of x with this remainder
+        at = (first + left) // across
+        for i in range(max(0, -top), min(x.shape[0], count - top)):
+            start = (phase * count + i + top) * line
+            row = x[i]
+            skip = max(0, -at)
+            for j in range(skip, min(line - at, (x.shape[1] - first + across - 1) // across)):
+                plane[start + at + j] = row[first + j * across]
 
-    compiled = numba.njit(nogil=True, fastmath={"contract", "nsz", "reassoc"}, cache=True, error_model="numpy")
 
-    @compiled
-    def fill(x, shape, plane):  # type: ignore[no-untyped-def]
-        across, count, line, top, left = shape[0], shape[1], shape[2], shape[3], shape[4]
-        for phase in range(across):
-            first = (phase - left) % across  # the first column of x with this remainder
-            at = (first + left) // across
-            for i in range(max(0, -top), min(x.shape[0], count - top)):
-                start = (phase * count + i + top) * line
-                row = x[i]
-                skip = max(0, -at)
-                for j in range(skip, min(line - at, (x.shape[1] - first + across - 1) // across)):
-                    plane[start + at + j] = row[first + j * across]
+@_compiled
+def _forward(x, weight, out, base, shape, planes, start, stop):  # type: ignore[no-untyped-def]
+    plane = np.zeros(shape[0] * shape[1] * shape[2], x.dtype)
+    taps, rows, n = weight.shape[2], out.shape[2], out.shape[3]
+    for unit in range(start, stop):
+        b, c, owner, g = planes[unit]
+        _fill(x[b, c], shape, plane)
+        for i in range(rows):
+            total, at = out[b, c, i], i * shape[5]
+            total[:] = 0
+            t = 0
+            while t + 4 <= taps:
+                w0, w1 = weight[owner, g, t, i], weight[owner, g, t + 1, i]
+                w2, w3 = weight[owner, g, t + 2, i], weight[owner, g, t + 3, i]
+                a0, a1, a2, a3 = at + base[t], at + base[t + 1], at + base[t + 2], at + base[t + 3]
+                x0, x1, x2, x3 = plane[a0 : a0 + n], plane[a1 : a1 + n], plane[a2 : a2 + n], plane[a3 : a3 + n]
+                for j in range(n):
+                    total[j] += w0[j] * x0[j] + w1[j] * x1[j] + w2[j] * x2[j] + w3[j] * x3[j]
+                t += 4
+            while t < taps:
+                w0, x0 = weight[owner, g, t, i], plane[at + base[t] : at + base[t] + n]
+                for j in range(n):
+                    total[j] += w0[j] * x0[j]
+                t += 1
 
-    @compiled
-    def forward(x, weight, out, base, shape, planes, start, stop):  # type: ignore[no-untyped-def]
-        plane = np.zeros(shape[0] * shape[1] * shape[2], x.dtype)
-        taps, rows, n = weight.shape[2], out.shape[2], out.shape[3]
-        for unit in range(start, stop):
-            b, c, owner, g = planes[unit]
-            fill(x[b, c], shape, plane)
-            for i in range(rows):
-                total, at = out[b, c, i], i * shape[5]
-                total[:] = 0
-                t = 0
-                while t + 4 <= taps:
-                    w0, w1 = weight[owner, g, t, i], weight[owner, g, t + 1, i]
-                    w2, w3 = weight[owner, g, t + 2, i], weight[owner, g, t + 3, i]
-                    a0, a1, a2, a3 = at + base[t], at + base[t + 1], at + base[t + 2], at + base[t + 3]
-                    x0, x1, x2, x3 = plane[a0 : a0 + n], plane[a1 : a1 + n], plane[a2 : a2 + n], plane[a3 : a3 + n]
+
+@_compiled
+def _to_x(dx, weight, dout, base, shape, planes, start, stop):  # type: ignore[no-untyped-def]
+    plane = np.empty(shape[0] * shape[1] * shape[2], dx.dtype)
+    across, count, line, top, left = shape[0], shape[1], shape[2], shape[3], shape[4]
+    taps, rows, n = weight.shape[2], dout.shape[2], dout.shape[3]
+    for unit in range(start, stop):
+        b, c, owner, g = planes[unit]
+        plane[:] = 0
+        for i in range(rows):
+            up, at = dout[b, c, i], i * shape[5]
+            for t in range(taps):
+                w, target = weight[owner, g, t, i], plane[at + base[t] : at + base[t] + n]
+                for j in range(n):
+                    target[j] += w[j] * up[j]
+        for i in range(dx.shape[2]):
+            row = dx[b, c, i]
+            row[:] = 0
+            if 0 <= i + top < count:
+                for j in range(max(0, -left), dx.shape[3]):
+                    place = (j + left) // across
+                    if place < line:
+                        row[j] = plane[((j + left) % across * count + i + top) * line + place]
+
+
+@_compiled
+def _to_weight(x, dweight, dout, base, shape, planes, shared, parts, start, stop):  # type: ignore[no-untyped-def]
+    plane = np.zeros(shape[0] * shape[1] * shape[2], x.dtype)
+    taps, rows, n = dweight.shape[2], dout.shape[2], dout.shape[3]
+    for unit in range(start, stop):
+        first, part = unit // parts * shared, unit % parts
+        for k in range(first, first + shared):
+            b, c, owner, g = planes[k]
+            _fill(x[b, c], shape, plane)
+            for t in range(taps):
+                for i in range(part * rows // parts, (part + 1) * rows // parts):
+                    target, up = dweight[owner, g, t, i], dout[b, c, i]
+                    seen = plane[i * shape[5] + base[t] : i * shape[5] + base[t] + n]
                     for j in range(n):
-                        total[j] += w0[j] * x0[j] + w1[j] * x1[j] + w2[j] * x2[j] + w3[j] * x3[j]
-                    t += 4
-                while t < taps:
-                    w0, x0 = weight[owner, g, t, i], plane[at + base[t] : at + base[t] + n]
-                    for j in range(n):
-                        total[j] += w0[j] * x0[j]
-                    t += 1
-
-    @compiled
-    def to_x(dx, weight, dout, base, shape, planes, start, stop):  # type: ignore[no-untyped-def]
-        plane = np.empty(shape[0] * shape[1] * shape[2], dx.dtype)
-        across, count, line, top, left = shape[0], shape[1], shape[2], shape[3], shape[4]
-        taps, rows, n = weight.shape[2], dout.shape[2], dout.shape[3]
-        for unit in range(start, stop):
-            b, c, owner, g = planes[unit]
-            plane[:] = 0
-            for i in range(rows):
-                up, at = dout[b, c, i], i * shape[5]
-                for t in range(taps):
-                    w, target = weight[owner, g, t, i], plane[at + base[t] : at + base[t] + n]
-                    for j in range(n):
-                        target[j] += w[j] * up[j]
-            for i in range(dx.shape[2]):
-                row = dx[b, c, i]
-                row[:] = 0
-                if 0 <= i + top < count:
-                    for j in range(max(0, -left), dx.shape[3]):
-                        place = (j + left) // across
-                        if place < line:
-                            row[j] = plane[((j + left) % across * count + i + top) * line + place]
-
-    @compiled
-    def to_weight(x, dweight, dout, base, shape, planes, shared, parts, start, stop):  # type: ignore[no-untyped-def]
-        plane = np.zeros(shape[0] * shape[1] * shape[2], x.dtype)
-        taps, rows, n = dweight.shape[2], dout.shape[2], dout.shape[3]
-        for unit in range(start, stop):
-            first, part = unit // parts * shared, unit % parts
-            for k in range(first, first + shared):
-                b, c, owner, g = planes[k]
-                fill(x[b, c], shape, plane)
-                for t in range(taps):
-                    for i in range(part * rows // parts, (part + 1) * rows // parts):
-                        target, up = dweight[owner, g, t, i], dout[b, c, i]
-                        seen = plane[i * shape[5] + base[t] : i * shape[5] + base[t] + n]
-                        for j in range(n):
-                            target[j] += up[j] * seen[j]
-
-    return {"forward": forward, "to_x": to_x, "to_weight": to_weight}
+                        target[j] += up[j] * seen[j]

@@ -12,6 +12,7 @@ intermediate results but, for weights that all places share, their sums per row.
 from functools import cache
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -92,6 +93,24 @@ def _arrays(*tensors: Tensor) -> tuple[Any, ...]:
     return tuple(t.detach().numpy() for t in tensors)
 
 
+# A global: a loop that calls one of an enclosing function would be new in every process, and nothing cached.
+@numba.njit(inline="always")
+def _sides(place, size):  # type: ignore[no-untyped-def]
+    """Pixels before and after, their shares, and the changes of those; zero for a pixel outside."""
+    whole = np.floor(place)
+    first, share = np.int64(np.int32(whole)), place - whole
+    one, zero = type(place)(1), type(place)(0)
+    before, after = first >= 0, first + 1 < size
+    return (
+        max(first, 0),
+        min(first + 1, size - 1),
+        one - share if before else zero,
+        share if after else zero,
+        -one if before else zero,
+        one if after else zero,
+    )
+
+
 @cache
 def _kernel(name: str, dtype: torch.dtype, fixed: bool, folded: bool) -> Any:
     """One of the loops, for one kind of weights: a loop with the branches of the others in it is half as fast.
@@ -102,25 +121,7 @@ def _kernel(name: str, dtype: torch.dtype, fixed: bool, folded: bool) -> Any:
         fixed: all places share the weights, which `table` holds.
         folded: the channels that share an offset share the weight.
     """
-    import numba
-
     flags = {"contract", "nsz", "reassoc"}
-
-    @numba.njit(inline="always")
-    def sides(place, size):  # type: ignore[no-untyped-def]
-        """Pixels before and after, their shares, and the changes of those; zero for a pixel outside."""
-        whole = np.floor(place)
-        first, share = np.int64(np.int32(whole)), place - whole
-        one, zero = type(place)(1), type(place)(0)
-        before, after = first >= 0, first + 1 < size
-        return (
-            max(first, 0),
-            min(first + 1, size - 1),
-            one - share if before else zero,
-            share if after else zero,
-            -one if before else zero,
-            one if after else zero,
-        )
 
     def forward(x, weight, offset, out, taps, stride, group, table, start, stop):  # type: ignore[no-untyped-def]
         height, width, channels = x.shape[1], x.shape[2], x.shape[3]
@@ -139,8 +140,8 @@ def _kernel(name: str, dtype: torch.dtype, fixed: bool, folded: bool) -> Any:
                         py = x.dtype.type(i * stride[0]) + taps[t, 1] + offset[b, h, t, 1, i, j]
                         if not (px > -1 and px < width and py > -1 and py < height):
                             continue
-                        x0, x1, left, right, _, _ = sides(px, width)
-                        y0, y1, upper, lower, _, _ = sides(py, height)
+                        x0, x1, left, right, _, _ = _sides(px, width)
+                        y0, y1, upper, lower, _, _ = _sides(py, height)
                         a00, a01, a10, a11 = upper * left, upper * right, lower * left, lower * right
                         p00, p01 = x[b, y0, x0, first:last], x[b, y0, x1, first:last]
                         p10, p11 = x[b, y1, x0, first:last], x[b, y1, x1, first:last]
@@ -177,8 +178,8 @@ def _kernel(name: str, dtype: torch.dtype, fixed: bool, folded: bool) -> Any:
                             py = x.dtype.type(i * stride[0]) + taps[t, 1] + offset[b, h, t, 1, i, j]
                             if not (px > -1 and px < width and py > -1 and py < height):
                                 continue
-                            x0, x1, left, right, sl, sr = sides(px, width)
-                            y0, y1, upper, lower, su, sd = sides(py, height)
+                            x0, x1, left, right, sl, sr = _sides(px, width)
+                            y0, y1, upper, lower, su, sd = _sides(py, height)
                             a00, a01, a10, a11 = upper * left, upper * right, lower * left, lower * right
                             p00, p01 = x[b, y0, x0, first:last], x[b, y0, x1, first:last]
                             p10, p11 = x[b, y1, x0, first:last], x[b, y1, x1, first:last]
@@ -233,8 +234,8 @@ def _kernel(name: str, dtype: torch.dtype, fixed: bool, folded: bool) -> Any:
                         py = dx.dtype.type(i * stride[0]) + taps[t, 1] + offset[b, h, t, 1, i, j]
                         if not (px > -1 and px < width and py > -1 and py < height):
                             continue
-                        x0, x1, left, right, _, _ = sides(px, width)
-                        y0, y1, upper, lower, _, _ = sides(py, height)
+                        x0, x1, left, right, _, _ = _sides(px, width)
+                        y0, y1, upper, lower, _, _ = _sides(py, height)
                         corners = (
                             (upper * left, y0, x0),
                             (upper * right, y0, x1),

@@ -1,15 +1,13 @@
 """The verb `upscale`: any picture, enlarged under a budget, streamed so that memory stays bounded.
 
-A picture is read window by window, enlarged strip by strip (`layers.upscaler.Upscaler.strips`) and written row by row.
+A picture is read window by window, enlarged strip by strip and written row by row: by networks of a whole scale under a
+budget (`layers.upscaler.Upscaler.strips`), by networks of any scale and by filters (`layers.rescaler.Rescaler.strips`).
 Grey pictures go through the network as three equal channels; transparency is enlarged by bicubic interpolation.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
-from numbers import Real
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,70 +18,32 @@ from foveate.data import pictures
 from foveate.data.files import Partial, check_target
 from foveate.data.pictures import Picture
 from foveate.engine.budget import Budget
-from foveate.errors import InputError
+from foveate.errors import BudgetError, InputError
+from foveate.layers.resample import Size
+from foveate.layers.rescaler import FILTERS, Rescaler, as_rescaler, check_direction
 from foveate.layers.upscaler import Rendered, Upscaler, enlarge, sum_counts
-from foveate.meter.cost import peak_memory, time_call
+from foveate.meter.cost import time_call
 from foveate.meter.heatmap import heatmap
+from foveate.restore.rescaling import (
+    DEFAULT,
+    DEFAULT_SCALE,
+    Progress,
+    described,
+    others,
+    placed,
+    reader,
+    rescaler,
+    stream_rescaled,
+    timed,
+    wanted,
+    whole_scale,
+)
+from foveate.restore.rescaling import Report as Report
+from foveate.restore.rescaling import Result as Result
+from foveate.restore.rescaling import methods as methods
 
-DEFAULT = "pcsr"
 MAP_SIDE = 2048
 """Longer side of the effort map, at most; maps of larger pictures leave pixels out."""
-
-Progress = Callable[[int, int], None]
-"""progress(rows done, rows in all)."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What an enlargement cost.
-
-    Attributes:
-        method, scale, budget: as asked.
-        width, height: of the result.
-        share: FLOPs spent as a share of the full network's.
-        flops, full_flops: 2 per multiply-accumulate.
-        seconds: wall time from decoded input to the written result.
-        peak_bytes: memory needed on top of what was held before; None where the system does not tell.
-        decisions: what was chosen and how often, as shares: {"heavy": 0.2} of pixels, {"exit 1": 0.4, ...} of patches.
-        map: picture of where the compute went, where one was asked for.
-    """
-
-    method: str
-    scale: int
-    budget: str
-    width: int
-    height: int
-    share: float
-    flops: float
-    full_flops: float
-    seconds: float
-    peak_bytes: int | None
-    decisions: dict[str, float]
-    map: Image.Image | None = field(default=None, repr=False, compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it: everything but the map."""
-        values = asdict(replace(self, map=None))
-        del values["map"]
-        return values
-
-    def __str__(self) -> str:
-        spent = f"{self.flops / 1e9:.1f} of {self.full_flops / 1e9:.1f} GFLOPs ({self.share:.0%})"
-        chosen = "".join(f", {name} {part:.0%}" for name, part in self.decisions.items())
-        return f"{self.width}x{self.height} by {self.method} x{self.scale}: {spent}, {self.seconds:.2f} s{chosen}"
-
-
-class Result(NamedTuple):
-    """An enlarged picture (or the path it was written to), and what it cost."""
-
-    image: Any
-    report: Report
-
-
-def methods() -> dict[str, list[int]]:
-    """Methods that can be used at once, each with its scales."""
-    there = weights.available()
-    return {DEFAULT: there.get(DEFAULT, []), **{slug: scales for slug, scales in there.items() if slug != DEFAULT}}
 
 
 @lru_cache(maxsize=4)
@@ -94,27 +54,25 @@ def network(method: str, scale: int, device: str = "cpu") -> Upscaler:
         trained for.
     """
     slug = catalog.card(method).slug
-    there = methods()
-    if slug not in there:
-        raise InputError(f"{slug!r} is no method of upscale; use one of {', '.join(there)}.")
-    if scale not in there[slug]:
+    there, free = methods(), others("enlarge")
+    if not there.get(slug):
+        raise InputError(f"{slug!r} is no method of upscale; use one of {', '.join([*there, *FILTERS])}.")
+    if whole_scale(scale, free) not in there[slug]:
         raise InputError(
-            f"{slug} enlarges by {', '.join(map(str, there[slug]))}, got scale {scale!r}; use one of these."
+            f"{slug} enlarges by {', '.join(map(str, there[slug]))}, got scale {scale!r}; use one of these, or for any "
+            f"scale one of {free}."
         )
-    model = weights.load(slug, scale).to(memory_format=torch.channels_last)
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {device!r} cannot be used on this machine ({reason}); use 'cpu'.") from error
+    model: Upscaler = weights.load(slug, scale).to(memory_format=torch.channels_last)
+    return placed(model, device)
 
 
 def upscale(
     source: pictures.Source,
     out: str | Path | None = None,
     *,
-    scale: int = 4,
-    method: str | Upscaler = DEFAULT,
+    scale: float | None = None,
+    size: Size | None = None,
+    method: str | Upscaler | Rescaler = DEFAULT,
     budget: Budget | float | str = 1.0,
     map: bool | str | Path = False,
     tile: int | None = None,
@@ -127,8 +85,9 @@ def upscale(
         source: a path, Pillow image, NumPy array (uint8, uint16, float; [H, W] or [H, W, C]) or tensor ([C, H, W] or
             [1, C, H, W]); grey or colour, with or without alpha.
         out: file to write; its extension names the format. PNG and TIFF are written row by row.
-        scale: 2, 3 or 4.
-        method: "pcsr", "adaptive-patch-exiting", "scnet", "espcn", or a network of your own.
+        scale: 2, 3 or 4 (the default); with methods that take any scale, any number from 1 on.
+        size: (width, height) of the result instead, with methods that take any scale.
+        method: a name that `methods()` lists, "bicubic", "lanczos" or "area", or a network of your own.
         budget: a share of the full network's cost (0.5, "50%"), or an absolute "20 GFLOPs" or "300 ms".
         map: also make a picture of where the compute went; a path writes it.
         tile: side of the windows, in input pixels; a smaller one needs less memory and gives the same result.
@@ -144,46 +103,96 @@ def upscale(
     >>> image, report = upscale(np.zeros((5, 7, 3), np.uint8), scale=2, method="espcn")
     >>> image.shape
     (10, 14, 3)
+    >>> upscale(np.zeros((5, 7, 3), np.uint8), size=(20, 12), method="bicubic").image.shape
+    (12, 20, 3)
     """
-    if tile is not None and tile < 1:
-        raise InputError(f"a tile has at least one pixel, got {tile}; leave it out for the default.")
-    model = method if isinstance(method, Upscaler) else network(method, whole_scale(scale), device)
-    asked = Budget.parse(budget)
+    model, asked = check(scale=scale, size=size, method=method, budget=budget, tile=tile, device=device)
     picture = pictures.load(source)
     if map and not isinstance(map, bool):
         _check_map(Path(map), picture, out)
-    height, width = picture.height, picture.width
-    full = model.full_flops(height, width)
-    share = asked.share_of(gflops=full / 1e9, **_milliseconds(asked, model, full))
-    model.check_share(share)
+    source_size = (picture.height, picture.width)
+    if isinstance(model, Rescaler):
+        target = wanted(source_size, scale, size)
+        check_direction(source_size, target, shrink=False)
+        full = model.flops(source_size, target)
+    else:
+        target = (model.scale * picture.height, model.scale * picture.width)
+        full = model.full_flops(*source_size)
+    share = asked.share_of(gflops=full / 1e9, **_milliseconds(asked, model, full, source_size, target))
+    check_share(model, share)
     done: dict[str, Any] = {}
 
-    def run() -> None:
-        with pictures.writer(out, picture, model.scale * height, model.scale * width) as target, torch.inference_mode():
-            done["spent"], done["effort"] = _stream(model, picture, target, share, tile, device, bool(map), progress)
-            done["image"] = target.close()
+    def work() -> None:
+        with pictures.writer(out, picture, *target) as rows, torch.inference_mode():
+            if isinstance(model, Rescaler):
+                stream_rescaled(model, picture, rows, target, False, tile, device, progress)
+                done["effort"] = torch.ones(1, 1, *(-(-n // _skip(picture)) for n in source_size)) if map else None
+                done["spent"] = Rendered(torch.empty(0), torch.empty(0), full)
+            else:
+                done["spent"], done["effort"] = _stream(model, picture, rows, share, tile, device, bool(map), progress)
+            done["image"] = rows.close()
 
-    def timed() -> None:
-        done["seconds"] = time_call(run)
-
-    peak = peak_memory(timed)
-    drawn = _draw(done["effort"], picture, map) if map else None
+    seconds, peak = timed(work)
     spent: Rendered = done["spent"]
     report = Report(
         method=model.slug,
-        scale=model.scale,
+        scale=model.scale if isinstance(model, Upscaler) else described(source_size, target),
         budget=str(asked),
-        width=model.scale * width,
-        height=model.scale * height,
-        share=spent.flops / full,
+        width=target[1],
+        height=target[0],
+        share=spent.flops / full if full else 1.0,
         flops=spent.flops,
         full_flops=full,
-        seconds=done["seconds"],
+        seconds=seconds,
         peak_bytes=peak,
-        decisions=model.shares_of(spent.counts),
-        map=drawn,
+        decisions=model.shares_of(spent.counts) if isinstance(model, Upscaler) else {},
+        map=_draw(done["effort"], picture, map) if map else None,
     )
     return Result(done["image"], report)
+
+
+def check(
+    *,
+    scale: float | None,
+    size: Size | None,
+    method: str | Upscaler | Rescaler = DEFAULT,
+    budget: Budget | float | str = 1.0,
+    tile: int | None = None,
+    device: str = "cpu",
+) -> tuple[Upscaler | Rescaler, Budget]:
+    """The network and the budget, once all that can be known without a picture fits together."""
+    check_tile(tile)
+    asked = Budget.parse(budget)
+    model: Upscaler | Rescaler
+    if not isinstance(method, str):
+        model = method if isinstance(method, Upscaler) else as_rescaler(method)
+    elif (free := rescaler(method, "enlarge", device)) is not None:
+        model = free
+    elif size is not None:
+        raise InputError(f"{method} takes a scale, not a size; for any size use one of {others('enlarge')}.")
+    else:
+        model = network(method, DEFAULT_SCALE if scale is None else whole_scale(scale, others("enlarge")), device)
+    if isinstance(model, Rescaler):
+        wanted((1, 1), scale, size)
+    elif size is not None:
+        raise InputError(f"{model.slug} takes a scale, not a size; got size {size!r}.")
+    if asked.unit == "share":
+        check_share(model, asked.amount)
+    return model, asked
+
+
+def check_tile(tile: int | None) -> None:
+    """Refuse a window without pixels. Raises: InputError."""
+    if tile is not None and tile < 1:
+        raise InputError(f"a tile has at least one pixel, got {tile}; leave it out for the default.")
+
+
+def check_share(model: Upscaler | Rescaler, share: float) -> None:
+    """Refuse a share of the cost that a method cannot meet. Raises: BudgetError."""
+    if isinstance(model, Upscaler):
+        model.check_share(share)
+    elif not 1 - 1e-9 <= share <= 1:
+        raise BudgetError(f"{model.slug} takes shares from 1.00 to 1 of its full cost, got {share:g}.")
 
 
 def upscale_file(
@@ -201,20 +210,22 @@ def upscale_file(
     return upscale(source, target, map=place, **settings).report.to_dict()
 
 
-def whole_scale(scale: Any) -> int:
-    """The scale as an integer. Raises: InputError when it is none, or below 1."""
-    if isinstance(scale, bool) or not isinstance(scale, Real) or scale < 1 or not float(scale).is_integer():
-        raise InputError(f"scale must be a whole number such as 2, 3 or 4, got {scale!r}.")
-    return int(float(scale))
-
-
-def _milliseconds(asked: Budget, model: Upscaler, full: float) -> dict[str, float]:
+def _milliseconds(
+    asked: Budget, model: Upscaler | Rescaler, full: float, source: Size, target: Size
+) -> dict[str, float]:
     """What the full network would take on this machine, timed on a small picture, when the budget is a time."""
     if asked.unit != "ms":
         return {}
     x = torch.rand(1, 3, 96, 96, device=model.device)
-    seconds = min(time_call(lambda: model.upscale(x)) for _ in range(3))
-    return {"ms": 1e3 * seconds * full / model.full_flops(96, 96)}
+    if isinstance(model, Upscaler):
+        flops = model.full_flops(96, 96)
+        seconds = [time_call(partial(model.upscale, x)) for _ in range(3)]
+    else:
+        little = (-(-96 * target[0] // source[0]), -(-96 * target[1] // source[1]))
+        flops = model.flops((96, 96), little)
+        with torch.inference_mode():
+            seconds = [time_call(partial(model.enlarge, x, little)) for _ in range(3)]
+    return {"ms": 1e3 * min(seconds) * full / flops}
 
 
 def _stream(
@@ -228,13 +239,9 @@ def _stream(
     progress: Progress | None,
 ) -> tuple[Rendered, Tensor | None]:
     height, width, s = picture.height, picture.width, model.scale
-
-    def read(x0: int, y0: int, x1: int, y1: int) -> Tensor:
-        color, _ = picture.window(y0, y1, x0, x1)
-        return color.to(device, model.dtype).expand(-1, 3, -1, -1)
-
+    read = reader(picture, model, device)
     y, flops, counts, efforts = 0, 0.0, dict[str, int](), list[Tensor]()
-    skip = -(-max(height, width) // MAP_SIDE)
+    skip = _skip(picture)
     for strip in model.strips(read, height, width, share, tile):
         color = strip.image if picture.channels == 3 else strip.image.mean(1, keepdim=True)
         rows = color.shape[2] // s
@@ -256,6 +263,11 @@ def _alpha(picture: Picture, y0: int, y1: int, scale: int) -> Tensor:
     return enlarge(alpha, scale, "bicubic")[..., scale * (y0 - above) : scale * (y1 - above), :]
 
 
+def _skip(picture: Picture) -> int:
+    """Every how many pixels a map shows."""
+    return -(-max(picture.height, picture.width) // MAP_SIDE)
+
+
 def _check_map(place: Path, picture: Picture, out: str | Path | None) -> None:
     if place.suffix.lower() != ".png":
         raise InputError(f"a map is written as PNG, got {str(place)!r}; give it a name that ends in .png.")
@@ -265,7 +277,7 @@ def _check_map(place: Path, picture: Picture, out: str | Path | None) -> None:
 
 
 def _draw(effort: Tensor, picture: Picture, place: bool | str | Path) -> Image.Image:
-    skip = -(-max(picture.height, picture.width) // MAP_SIDE)
+    skip = _skip(picture)
     small = Picture(picture.pixels[::skip, ::skip], "array", lambda pixels: pixels)
     under = small.window(0, small.height, 0, small.width)[0].expand(-1, 3, -1, -1)
     drawn = heatmap(effort, under)
