@@ -1,6 +1,7 @@
 """Accuracy on CIFAR-10 at four budgets, for networks that choose inside: by what they learned, and at random.
 
     python recipes/budgets.py adaptive-computation-modules --data pictures/ --minutes 6
+    python recipes/budgets.py tokenlearner --data pictures/ --minutes 6
     python recipes/budgets.py adatape --data pictures/ --minutes 6 --out docs/results/adatape-cifar10.md
 
 A budget is a share of the FLOPs of one dense ViT with patches of 4. Every row is trained for the same time, measured as
@@ -9,6 +10,8 @@ steps times the time of one step on one CPU thread.
 - adaptive-computation-modules: a dense ViT is trained first, for as long again. Then it goes on as it is, or is
   converted: 0.15 of the time for distillation, 0.05 for the gates, the rest for fine-tuning to one budget. Tokens run
   learners by their gates, at a price calibrated on training pictures, or at random.
+- tokenlearner: the same dense ViT goes on with learned tokens from the latest block that the budget pays for, or with
+  as many of its own tokens, drawn at random.
 - adatape: a ViT with patches of 16 reads as much tape from patches of 2 as the budget pays for; what is read is chosen
   by its query, or at random.
 
@@ -20,6 +23,7 @@ import json
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,8 @@ from foveate.data.labelled import Labelled, read_archive
 from foveate.encode.adaptive_computation_modules import AdaptiveComputationModules, learner_share
 from foveate.encode.adaptive_computation_training import distil, fine_tune, place_gates
 from foveate.encode.adatape import PONDER, AdaTape
+from foveate.encode.tokenlearner import bottlenecks, plugin
+from foveate.hosts import vit as described
 from foveate.layers.transformer import VisionTransformer
 from foveate.learn.fit import fit
 from foveate.meter import count_flops
@@ -166,13 +172,41 @@ def share_of_dense(network: nn.Module, dense: VisionTransformer, tested: Labelle
     return round(sum(spent) / len(spent) / full, 3)
 
 
-def modules(trainer: Trainer, tested: Labelled, device: str, budgets: tuple[float, ...]) -> list[Row]:
-    """Rows of adaptive computation modules."""
+def trained(trainer: Trainer, tested: Labelled, device: str) -> tuple[VisionTransformer, VisionTransformer, list[Row]]:
+    """A dense network, the same after as much training again, and the row of the second."""
     first = vit(len(trainer.learned.classes), device)
     trainer.run("first", trainer.dense, first)
     dense = deepcopy(first)
     trainer.run("dense", trainer.dense, dense)
-    rows = [said({"network": "dense", "budget": 1.0, "spent": 1.0, "accuracy": accuracy(dense, tested)})]
+    return first, dense, [said({"network": "dense", "budget": 1.0, "spent": 1.0, "accuracy": accuracy(dense, tested)})]
+
+
+def tokens(trainer: Trainer, tested: Labelled, device: str, budgets: tuple[float, ...]) -> list[Row]:
+    """Rows of TokenLearner."""
+    first, dense, rows = trained(trainer, tested, device)
+    for name in ("learned", "at random"):
+        for budget in budgets:
+            own = deepcopy(first)
+            layer, made = bottlenecks(described(own), budget)
+            if name == "learned":
+                plugin(own, budget)
+            elif made:
+                described(own).blocks[layer].patch(partial(drawn, made[0].learner.tokens))
+            trainer.run(f"tokens {name} {budget:g}", trainer.dense, own)
+            row: Row = {"network": name, "budget": budget, "spent": share_of_dense(own, dense, tested), "layer": layer}
+            rows.append(said(row | {"accuracy": accuracy(own, tested)}))
+    return rows
+
+
+def drawn(count: int, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Go on with some tokens of each picture only."""
+    kept = torch.rand(x.shape[:2], device=x.device).topk(count).indices
+    return block(x.gather(1, kept[..., None].expand(-1, -1, x.shape[2])))
+
+
+def modules(trainer: Trainer, tested: Labelled, device: str, budgets: tuple[float, ...]) -> list[Row]:
+    """Rows of adaptive computation modules."""
+    first, dense, rows = trained(trainer, tested, device)
     handle = AdaptiveComputationModules(first.eval(), budgets[0], gate=GATE)
     trainer.run("distil", trainer.distilled, handle, DISTIL)
     trainer.run("gates", trainer.placed, handle, PLACE)
@@ -247,7 +281,7 @@ def table(name: str, rows: list[Row], args: argparse.Namespace) -> str:
     return f"{head} the dense network, `accuracy` in % of {args.tested} test pictures.\n\n" + "\n".join(lines) + "\n"
 
 
-SYSTEMS = {"adaptive-computation-modules": modules, "adatape": tapes}
+SYSTEMS = {"adaptive-computation-modules": modules, "tokenlearner": tokens, "adatape": tapes}
 
 
 def main() -> None:

@@ -3,14 +3,14 @@
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foveate import catalog
+from foveate import catalog, weights
 from foveate.catalog import KINDS, WINGS, Card
 from foveate.errors import InputError, NotBuiltError, UnknownSystemError
 
@@ -205,7 +205,7 @@ def test_parse_reads_what_load_reads() -> None:
     assert only == Card("pcsr", "T", "arXiv:2407.21448", 2024, "restore", "job", "A", "C")
 
 
-@pytest.mark.parametrize("key", [f.name for f in fields(Card) if f.name not in ("slug", "entry", "network", "proof")])
+@pytest.mark.parametrize("key", [f.name for f in fields(Card) if f.name not in ("slug", "entry", "network", "proof", "verb")])
 def test_every_required_key_is_missed(key: str) -> None:
     text = "\n".join(line for line in BARE.splitlines() if not line.startswith(key))
     with pytest.raises(InputError, match=rf"systems.toml, card \[pcsr\]: {key} missing"):
@@ -251,3 +251,12 @@ def test_an_unknown_size_names_the_known_ones():
         catalog.sized("lsnet_q")
     with pytest.raises(UnknownSystemError, match="pcsr"):
         catalog.sized("pcrs_t")
+
+
+def test_commands_are_those_of_the_wing_or_of_the_verb_and_need_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = CARDS["pcsr"]
+    assert found.command == "foveate upscale in.jpg out.png --method pcsr"
+    assert replace(found, verb="downscale").command == "foveate downscale in.jpg out.png --method pcsr"
+    assert replace(found, kind="model").command is None
+    monkeypatch.setattr(weights, "ship", lambda slug: False)
+    assert found.command is None

@@ -6,6 +6,7 @@ import torch
 
 from foveate import weights
 from foveate.errors import WeightsError
+from foveate.restore.espcn import ESPCN
 from foveate.restore.pcsr import PCSR
 
 CONFIG = {
@@ -116,3 +117,16 @@ def test_every_shipped_set_has_card_and_weights():
             assert (weights.FOLDER / f"{slug}-x{scale}.safetensors").exists()
             text = json.dumps(weights.card(slug, scale))
             assert {"config", "recipe", "data", "scores", "licence"} <= set(json.loads(text))
+
+
+def test_weights_of_any_scale_have_no_scale_in_their_name(folder):
+    assert not weights.ship("espcn")
+    model = ESPCN(2)
+    weights.save(model, "espcn", None, {"config": {"scale": 2}})
+    assert sorted(p.name for p in folder.iterdir()) == ["espcn.json", "espcn.safetensors"]
+    assert weights.ship("espcn")
+    assert weights.available() == {}
+    again = weights.load("espcn")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    with pytest.raises(WeightsError, match="'pcsr' for any scale"):
+        weights.card("pcsr")

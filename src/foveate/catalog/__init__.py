@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from foveate import weights
 from foveate.errors import InputError, NotBuiltError, UnknownSystemError
 
 __all__ = ["KINDS", "WINGS", "Card", "card", "load", "parse", "resolve", "search", "sized"]
@@ -81,8 +82,10 @@ class Card:
 
     @property
     def command(self) -> str | None:
-        """The command line that runs a job; None for other kinds, and for wings without a verb."""
+        """The command line that runs a job; None for other kinds, for wings without a verb, and without weights."""
         start = _COMMANDS.get(self.verb or self.wing) if self.kind == "job" else None
+        if self.wing == "restore" and not weights.ship(self.slug):
+            return None
         return start and f"{start} --method {self.slug}"
 
     def target(self) -> Any:

@@ -125,6 +125,6 @@ def how_to_use(card: "Card") -> list[str]:
     lines = by_kind[card.kind]
     if card.command and card.wing == "compress":
         lines = [card.command, f'data = foveate.compress("in.png", method="{card.slug}")', "foveate.decompress(data)"]
-    elif card.command:
+    elif card.kind == "job" and card.wing == "restore":
         lines = _resizing(card)
     return [*lines, f"foveate prove {card.slug}"] if card.proof else lines

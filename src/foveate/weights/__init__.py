@@ -19,6 +19,11 @@ def available() -> dict[str, list[int]]:
     return found
 
 
+def ship(slug: str) -> bool:
+    """Whether weights of a system come with foveate, for some scale or for any."""
+    return place(slug).exists() or slug in available()
+
+
 def place(slug: str, scale: int | None = None, folder: Path | None = None) -> Path:
     """Where the card of a set of weights lies; the weights lie beside it."""
     return (folder or FOLDER) / (f"{slug}.json" if scale is None else f"{slug}-x{scale}.json")
