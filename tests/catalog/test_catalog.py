@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import MISSING, FrozenInstanceError, fields, replace
 from fractions import Fraction
 
 import pytest
@@ -205,7 +205,9 @@ def test_parse_reads_what_load_reads() -> None:
     assert only == Card("pcsr", "T", "arXiv:2407.21448", 2024, "restore", "job", "A", "C")
 
 
-@pytest.mark.parametrize("key", [f.name for f in fields(Card) if f.name not in ("slug", "entry", "network", "proof", "verb")])
+@pytest.mark.parametrize(
+    "key", [f.name for f in fields(Card) if f.name not in ("slug", "entry", "network", "proof", "verb")]
+)
 def test_every_required_key_is_missed(key: str) -> None:
     text = "\n".join(line for line in BARE.splitlines() if not line.startswith(key))
     with pytest.raises(InputError, match=rf"systems.toml, card \[pcsr\]: {key} missing"):
