@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from foveate import hosts
 from foveate.data import pictures
+from foveate.errors import BudgetError
 from foveate.hosts.plugin import TokenHandle
 from foveate.meter import compare
 
@@ -28,6 +29,10 @@ METHODS = {
     "sparsevit": ("swin", "foveate.encode.sparsevit:SparseViT"),
     "mone": ("vit", "foveate.encode.mone:plugin"),
     "tokenlearner": ("vit", "foveate.encode.tokenlearner:plugin"),
+    "adaptive-computation-modules": (
+        "vit",
+        "foveate.encode.adaptive_computation_modules:AdaptiveComputationModules",
+    ),
 }
 """Plug-in: (kind of host, entry). The entry is called with the model and a budget and gives a TokenHandle."""
 
@@ -106,8 +111,12 @@ def main() -> None:
                     continue
                 module, _, attribute = entry.partition(":")
                 for budget in args.budgets:
-                    with getattr(importlib.import_module(module), attribute)(model, budget=budget) as handle:
-                        row = measure(model, x, handle, args.pairs)
+                    try:
+                        with getattr(importlib.import_module(module), attribute)(model, budget=budget) as handle:
+                            row = measure(model, x, handle, args.pairs)
+                    except BudgetError as error:
+                        print(f"{name} {side} px, {method} at {budget:g}: {error}", flush=True)
+                        continue
                     rows.append({"host": name, "side": side, "method": method, "budget": budget, **row})
                     figures = "  ".join(f"{key} {value:.4g}" for key, value in row.items())
                     print(f"{name} {side} px, {method} at {budget:g}:  {figures}", flush=True)
