@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--side", type=int, default=24, help="of the reduced crops in pixels")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=Path, default=Path(".cache/recipes"), help="checkpoints")
     parser.add_argument("--out", type=Path, default=weights.FOLDER)
