@@ -23,7 +23,7 @@ from foveate.layers.upscaler import Upscaler
 from foveate.restore import upscale as verb
 from foveate.restore.espcn import ESPCN
 from foveate.restore.pcsr import PCSR
-from foveate.restore.upscale import Report, network, upscale
+from foveate.restore.upscale import Report, methods, network, upscale
 
 
 class Repeat(Upscaler):
@@ -322,14 +322,16 @@ def test_methods_are_known_by_their_weights(trained):
 
 
 def test_every_method_with_weights_enlarges_at_every_scale_it_has():
-    there = weights.available()
+    there = methods()
     if not there:
         pytest.skip("no weights come with this copy of foveate")
+    assert "adk-net" not in there
     for slug, scales in there.items():
-        for scale in scales:
-            image, report = upscale(noise(5, 7, 3), scale=scale, method=slug, map=True)
+        for scale in scales or [2]:
+            image, report = upscale(noise(5, 7, 3), scale=scale, method=slug, map=bool(scales))
             assert image.shape == (5 * scale, 7 * scale, 3)
-            assert (report.method, report.share, report.map.size) == (slug, pytest.approx(1), (7, 5))
+            assert (report.method, report.share) == (slug, pytest.approx(1, abs=0.05))
+            assert not scales or report.map.size == (7, 5)
     network.cache_clear()
 
 
