@@ -108,25 +108,31 @@ class Report:
         """Panels side by side, sets of pictures below each other; None where matplotlib is missing."""
         try:
             from matplotlib.figure import Figure
+            from matplotlib.ticker import NullFormatter
         except ImportError:
             return None
-        sets = _by(entries, "pictures")
+        entries = list(entries)
+        sets, looks = _by(entries, "pictures"), dict[str, dict[str, str]]()
+        for number, method in enumerate(sorted({entry["method"] for entry in entries})):
+            looks[method] = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
         drawn: Any = Figure((6.4 * len(self.panels), 4.8 * max(len(sets), 1)), layout="constrained")
         grid = drawn.subplots(max(len(sets), 1), len(self.panels), squeeze=False)
         for row, (pictures, found) in zip(grid, sets.items(), strict=False):
             for place, panel in zip(row, self.panels, strict=True):
-                for number, (method, own) in enumerate(_by(found, "method").items()):
+                for method, own in _by(found, "method").items():
                     points = sorted((e[panel.x], e[panel.y]) for e in own if None not in (e[panel.x], e[panel.y]))
                     if points:
-                        dash = ("-", "--", ":")[number // 10 % 3]
-                        place.plot(*zip(*points, strict=True), dash, marker="o", markersize=4, label=method)
+                        place.plot(*zip(*points, strict=True), marker="o", markersize=4, label=method, **looks[method])
                 place.set_title(pictures, fontsize=10)
                 place.set_xlabel(self.columns[panel.x][0])
                 place.set_ylabel(self.columns[panel.y][0])
                 if panel.log:
                     place.set_xscale("log")
+                    if place.get_xlim()[1] > 10 * place.get_xlim()[0]:  # else they are all the numbers there are
+                        place.xaxis.set_minor_formatter(NullFormatter())
                 place.grid(alpha=0.3, which="both")
-            row[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+            shown = {name: line for place in row for line, name in zip(*place.get_legend_handles_labels(), strict=True)}
+            place.legend(shown.values(), shown, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         return figure_to_picture(drawn, dpi=90)
 
 
