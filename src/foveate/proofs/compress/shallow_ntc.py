@@ -38,7 +38,7 @@ STAGES = (Stage(32, 8, 4, 1, 0), Stage(48, 4, 2, 1, 0), Stage(64, 4, 2, 1, 0))
 NAMES = ("astronaut", "coffee", "chelsea", "rocket", "motorcycle")
 STEPS, BATCH, SIDE = {"quick": 180, "full": 1000}, 8, 64
 TEST, ANNEALING = 128, {"quick": 60, "full": 200}
-RATES = (0.35, 0.5, 0.8)
+RATES = (0.6, 0.75, 0.9)
 FEWER, WORSE, IMPROVED = 5.0, 1.2, 0.9
 
 
