@@ -21,6 +21,7 @@ from foveate.data import pictures
 from foveate.data.degrade import downscale, mod_crop
 from foveate.learn.crops import Crops
 from foveate.learn.fit import fit
+from foveate.meter.quality import psnr
 from foveate.restore.adk_net import ADKNet, sample_camera
 
 TRAINING = ("bsds300", "sunhays80", "t91")
@@ -34,18 +35,8 @@ def score(reduce, found: list[torch.Tensor], scale: int) -> float:
     for x in found:
         with torch.inference_mode():
             y, truth = ((255 * t.clamp(0, 1)).round() / 255 for t in (reduce(x), sample_camera(x, scale)))
-        values.append(float(-10 * (y - truth).square()[..., 2:-2, 2:-2].mean().log10()))
+        values.append(float(psnr(y, truth, border=2)))
     return sum(values) / len(values)
-
-
-def read(folder: Path, scale: int) -> list[torch.Tensor]:
-    """Every picture of a folder as [1, 3, H, W], cut to a multiple of the scale."""
-    found = []
-    for file, _ in pictures.list_pictures(folder):
-        picture = pictures.load(file)
-        color, _ = picture.window(0, picture.height, 0, picture.width)
-        found.append(mod_crop(color.expand(1, 3, -1, -1), scale))
-    return found
 
 
 def main() -> None:
@@ -69,7 +60,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     folders = [args.data / d for d in TRAINING if (args.data / d).is_dir()]
     crops = Crops(folders, args.scale, track=lambda files: track(files, "reading pictures"))
-    tests = {name: read(args.data / name, args.scale) for name in ("set5", "kodak12") if (args.data / name).is_dir()}
+    tests = {
+        name: [mod_crop(x, args.scale) for x in pictures.read_folder(args.data / name)]
+        for name in ("set5", "kodak12")
+        if (args.data / name).is_dir()
+    }
     config = {k: getattr(args, k) for k in ("scale", "features", "blocks", "trunk", "normalise")}
     model = ADKNet(**config)
 

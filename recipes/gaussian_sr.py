@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
 from foveate import weights
+from foveate.data.pictures import read_folder
 from foveate.layers.rescaler import Filter, Rescaler
 from foveate.learn.crops import Crops
 from foveate.learn.fit import fit
@@ -44,12 +44,6 @@ SMALLEST, LARGEST = 1.0, 4.0
 
 SCALES = {"x2": (2.0, 2.0), "x2.7": (2.7, 2.7), "x3": (3.0, 3.0), "x4": (4.0, 4.0), "x2 by x3.3": (2.0, 3.3)}
 """Scales of the scores, for rows and for columns."""
-
-
-def originals(folder: Path) -> list[Tensor]:
-    """Every picture of a folder. Shape: [1, 3, H, W] in 0..1 each."""
-    pictures = [np.array(Image.open(file).convert("RGB")) for file in sorted(folder.glob("*.png"))]
-    return [torch.from_numpy(p).permute(2, 0, 1)[None] / 255 for p in pictures]
 
 
 def score(model: Rescaler, pictures: list[Tensor], scale: tuple[float, float]) -> float:
@@ -95,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     folders = [args.data / name for name in TRAINING if (args.data / name).is_dir()]
     # Of the crops only the large twins are used; Crops leaves out pictures below 48 pixels times its scale.
     crops = Crops(folders, ceil(LARGEST * args.side / 48), track=lambda files: track(files, "reading pictures"))
-    tests = {name: originals(args.data / name) for name in ("set5", "kodak12") if (args.data / name).is_dir()}
+    tests = {name: read_folder(args.data / name) for name in ("set5", "kodak12") if (args.data / name).is_dir()}
     watched = next(iter(tests.values()), [])
     model = GSASR(**CONFIG)
     dice = np.random.default_rng(0)

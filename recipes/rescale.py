@@ -19,7 +19,7 @@ from rich.progress import track
 from torch import Tensor
 
 from foveate import weights
-from foveate.data.pictures import list_pictures, load
+from foveate.data.pictures import read_folder
 from foveate.layers.resample import Size, resize, wholes
 from foveate.layers.rescaler import Rescaler, quantise
 from foveate.learn.crops import Crops
@@ -53,9 +53,7 @@ def drawn_size(dice: torch.Generator, side: int, largest: float = 4.0) -> Size:
 def read(folder: Path, side: int = 0) -> list[Tensor]:
     """The pictures of a folder, or the middles of them."""
     found = []
-    for file, _ in list_pictures(folder):
-        picture = load(file)
-        x = picture.window(0, picture.height, 0, picture.width)[0].expand(-1, 3, -1, -1)
+    for x in read_folder(folder):
         top, left = (max(0, (n - side) // 2) if side else 0 for n in x.shape[2:])
         found.append(x[..., top : top + side, left : left + side].contiguous() if side else x)
     return found

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from foveate.bench.upscale import CAPTION, CROP, GAP, ZOOM, hardest, measured, pair, read, sheet
+from foveate.bench.upscale import CAPTION, CROP, GAP, ZOOM, hardest, measured, pair, sheet
+from foveate.data.pictures import read_folder
 from foveate.errors import InputError
 from foveate.proofs import ProofContext
 from foveate.restore.upscale import network
@@ -33,7 +34,7 @@ def test_budgets_below_the_floor_are_left_out_and_others_cost_their_share(pictur
 
 def test_a_folder_without_pictures_is_refused(tmp_path):
     with pytest.raises(InputError, match="no pictures"):
-        read(tmp_path)
+        read_folder(tmp_path)
 
 
 def test_a_sheet_shows_the_crop_that_interpolation_does_worst() -> None:

@@ -49,7 +49,7 @@ def test_every_scale_of_training_has_its_crops(data, scale):
 
 
 def test_scores_are_psnr_at_every_scale(data):
-    found = recipe.scores(Filter("bicubic"), recipe.originals(data / "set5"))
+    found = recipe.scores(Filter("bicubic"), recipe.read_folder(data / "set5"))
     assert set(found) == set(recipe.SCALES)
     assert found["x2"] > found["x4"]
     flat = [torch.full((1, 3, 40, 44), 0.4)]

@@ -100,13 +100,13 @@ def measured(operators: Iterable[Operator], context: ProofContext) -> Iterator[E
     environment, and apart: the largest difference of values over the largest value, None where they are not the same.
     """
     device, where = torch.device(context.device).type, environment(context.device)
-    todo = [
+    builds = [
         (operator, n)
         for operator in operators
         if device in operator.devices
         for n in (operator.sizes[:2] if context.quick else operator.sizes)
     ]
-    for operator, n in context.track(todo, f"operators on {device}"):
+    for operator, n in context.track(builds, f"operators on {device}"):
         case = operator.build(context.generator(), n)
         for direction in operator.passes:
             for against, way in case.ways(direction).items():

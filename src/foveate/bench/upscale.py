@@ -6,7 +6,6 @@ a tensor in memory. Bicubic interpolation, which all have to beat, runs beside t
 """
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from statistics import mean
 
 import torch
@@ -15,7 +14,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from foveate.bench.frontier import Entry, Panel, Report, averaged
-from foveate.data import pictures as files
 from foveate.data.degrade import downscale, mod_crop
 from foveate.data.degrade import upscale as bicubic
 from foveate.errors import InputError
@@ -58,14 +56,6 @@ REPORT = Report(
 )
 
 
-def read(folder: Path, limit: int | None = None) -> list[Tensor]:
-    """Pictures of a folder, [1, 3, H, W] each. Raises: InputError when there are none."""
-    found = [files.load(path) for path, _ in files.list_pictures(folder)][:limit]
-    if not found:
-        raise InputError(f"{folder} holds no pictures.")
-    return [p.window(0, p.height, 0, p.width)[0].expand(-1, 3, -1, -1).contiguous() for p in found]
-
-
 def measured(
     originals: Iterable[Tensor],
     name: str,
@@ -82,12 +72,12 @@ def measured(
         chosen: methods; all that have weights for the scale when None.
     """
     pairs = [pair(original, scale) for original in originals]
-    todo: list[tuple[str, Network | None, float]] = [] if chosen is not None else [(BICUBIC, None, 1.0)]
+    runs: list[tuple[str, Network | None, float]] = [] if chosen is not None else [(BICUBIC, None, 1.0)]
     for slug in there(scale) if chosen is None else chosen:
         own = opened(slug, scale, context.device)
         least = own.floor if isinstance(own, Upscaler) else 1.0
-        todo += [(slug, own, share) for share in budgets if least <= share]
-    for method, model, share in context.track(todo, f"{name} x{scale}"):
+        runs += [(slug, own, share) for share in budgets if least <= share]
+    for method, model, share in context.track(runs, f"{name} x{scale}"):
         figures = averaged([once(model, share, low, high, scale) for low, high in pairs], mean)
         yield {
             "method": method,

@@ -134,7 +134,8 @@ def upscale(
       foveate bench upscale --data pictures/
       foveate bench upscale --data set5/ --method pcsr --scale 4 --budget 0.5
     """
-    from foveate.bench.upscale import BUDGETS, REPORT, SETS, measured, read, sheet
+    from foveate.bench.upscale import BUDGETS, REPORT, SETS, measured, sheet
+    from foveate.data.pictures import read_folder
     from foveate.proofs import ProofContext
     from foveate.proofs.report import RESULTS
 
@@ -142,7 +143,7 @@ def upscale(
     everything: list[Entry] = []
     folders = [data / name for name in SETS if (data / name).is_dir()] or [data]
     for folder in folders:
-        originals = read(folder, limit)
+        originals = read_folder(folder, limit)
         for scale in scales or (2, 4):
             entries = list(measured(originals, folder.name, scale, context, names, budgets or BUDGETS))
             everything += entries

@@ -84,6 +84,14 @@ class Picture:
         planes = torch.from_numpy(np.divide(part, peak, dtype=np.float32, order="C")).clamp_(0, 1)[None]
         return planes[:, : self.channels], planes[:, self.channels :] if self.alpha else None
 
+    def rgb(self) -> Tensor:
+        """All of the colours, three equal channels where it is grey. Shape: [1, 3, H, W] in 0..1, not contiguous then.
+
+        >>> load(np.zeros((4, 6), np.uint8)).rgb().shape
+        torch.Size([1, 3, 4, 6])
+        """
+        return self.window(0, self.height, 0, self.width)[0].expand(-1, 3, -1, -1)
+
 
 def load(source: Source) -> Picture:
     """Open a picture of any kind.

@@ -16,16 +16,35 @@ the strips of a result from top to bottom, into a file or the kind that came in:
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from foveate.data.files import READABLE, WRITABLE, list_pictures
 from foveate.data.loading import Picture, Source, load
 from foveate.data.samples import samples
 from foveate.data.writing import Writer, writer
+from foveate.errors import InputError
 
 __all__ = [
-    "READABLE", "WRITABLE", "Picture", "Source", "Writer", "list_pictures", "load", "samples", "save", "writer",
+    "READABLE", "WRITABLE", "Picture", "Source", "Writer", "list_pictures", "load", "read_folder", "samples", "save",
+    "writer",
 ]  # fmt: skip
 
 _STRIP = 256
+
+
+def read_folder(folder: Path, limit: int | None = None) -> list[Tensor]:
+    """Read the colours of the pictures of a folder, in the order of their names.
+
+    Args:
+        limit: pictures at most.
+
+    Shape: [1, 3, H, W] in 0..1 each.
+    Raises: InputError when there are none.
+    """
+    found = [load(path) for path, _ in list_pictures(folder)][:limit]
+    if not found:
+        raise InputError(f"{folder} holds no pictures.")
+    return [picture.rgb().contiguous() for picture in found]
 
 
 def save(target: str | Path, source: Source | Picture) -> Path:

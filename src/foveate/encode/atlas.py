@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from foveate.errors import InputError
 from foveate.layers.classifier import ImageClassifier
+from foveate.layers.map_norm import MapNorm
 from foveate.layers.residual import Residual
 from foveate.layers.transformer import MLP
 
@@ -194,13 +195,6 @@ def pooled(x: Tensor, factor: int) -> Tensor:
     return F.max_pool2d(x.permute(0, 3, 1, 2), factor, factor, ceil_mode=True).permute(0, 2, 3, 1)
 
 
-class LayerNorm2d(nn.LayerNorm):
-    """Over the channels of a map. Shape: [B, C, H, W] -> the same."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 class Stem(nn.Module):
     """Convolutions down to a sixteenth, as in FasterViT. Shape: [B, in_chans, H, W] -> [B, dim, H / 16, W / 16]."""
 
@@ -213,7 +207,7 @@ class Stem(nn.Module):
             return Residual(nn.Sequential(*layers, nn.Conv2d(width, width, 3, 1, 1), nn.BatchNorm2d(width)))
 
         def halve(inputs: int, outputs: int) -> nn.Module:
-            return nn.Sequential(LayerNorm2d(inputs), nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False))
+            return nn.Sequential(MapNorm(inputs), nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False))
 
         self.conv0 = nn.Sequential(
             nn.Conv2d(in_chans, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),

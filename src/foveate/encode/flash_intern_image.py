@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from foveate.errors import InputError, WeightsError
 from foveate.layers.classifier import ImageClassifier
 from foveate.layers.fold import ConvNorm, fuse
+from foveate.layers.map_norm import MapNorm
 from foveate.ops.dcnv4 import DCNv4
 
 _POST: dict[str, Any] = {"depths": (4, 4, 21, 4), "post_norm": True, "layer_scale": 1e-5, "dw_kernel_size": 3}
@@ -51,13 +52,6 @@ _OFFICIAL_NAMES = {
     r"^conv_head\.0\.": "tail.0.c.",
     r"^conv_head\.1\.0\.": "tail.0.bn.",
 }
-
-
-class MapNorm(nn.LayerNorm):
-    """LayerNorm over the channels of a picture-like map. Shape: [B, C, H, W] -> the same."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):

@@ -45,7 +45,7 @@ class Pixels:
         Shape: -> [1, 3, H, W], normalised.
         """
         picture = load(source)
-        image = picture.window(0, picture.height, 0, picture.width)[0].expand(-1, 3, -1, -1)
+        image = picture.rgb()
         h, w = image.shape[2:]
         if side is not None:
             if side < self.multiple:

@@ -125,13 +125,14 @@ def gathered(
 
 
 def _on_cpu(x: Tensor, weight: Tensor, offset: Tensor | None, geometry: Geometry) -> Tensor:
-    from foveate.ops._gathered_cpu import shifted_cpu
-    from foveate.ops._gathered_cpu_sampled import sampled_cpu
-
     if offset is not None:
+        from foveate.ops._gathered_cpu_sampled import sampled_cpu
+
         return sampled_cpu(x, weight, offset, geometry)
     if weight.shape[3:] != geometry.size:
         return gathered_reference(x, weight, None, geometry)
+    from foveate.ops._gathered_cpu import shifted_cpu
+
     return shifted_cpu(x, weight, geometry)
 
 

@@ -214,7 +214,7 @@ def rescale_cycle(
         raise InputError(f"a picture goes round at least once, got times={times!r}.")
     down, up = pair_of(method, scale, size, device)
     picture = pictures.load(source)
-    original = picture.window(0, picture.height, 0, picture.width)[0].expand(-1, 3, -1, -1).to(device)
+    original = picture.rgb().to(device)
     sides = (picture.height, picture.width)
     target = small_size(down, sides, scale, size)
     name = method if isinstance(method, str) else down.slug if down is up else f"{down.slug}+{up.slug}"

@@ -279,7 +279,7 @@ def _check_map(place: Path, picture: Picture, out: str | Path | None) -> None:
 def _draw(effort: Tensor, picture: Picture, place: bool | str | Path) -> Image.Image:
     skip = _skip(picture)
     small = Picture(picture.pixels[::skip, ::skip], "array", lambda pixels: pixels)
-    under = small.window(0, small.height, 0, small.width)[0].expand(-1, 3, -1, -1)
+    under = small.rgb()
     drawn = heatmap(effort, under)
     if not isinstance(place, bool):
         part = Partial(check_target(place))
