@@ -1,15 +1,19 @@
 """Accuracy on CIFAR-10 at four budgets, for networks that choose inside: by what they learned, and at random.
 
-    python recipes/budgets.py adaptive-computation-modules --data pictures/ --minutes 6
+    python recipes/budgets.py mone --data pictures/ --minutes 6
+    python recipes/budgets.py adaptive-computation-modules --data pictures/ --minutes 6 --budgets 1 0.75 0.5 0.3
     python recipes/budgets.py tokenlearner --data pictures/ --minutes 6
     python recipes/budgets.py adatape --data pictures/ --minutes 6 --out docs/results/adatape-cifar10.md
 
-A budget is a share of the FLOPs of one dense ViT with patches of 4. Every row is trained for the same time, measured as
-steps times the time of one step on one CPU thread.
+A budget is a share of the FLOPs of one dense ViT with patches of 4. Every network is trained for the same time,
+measured as steps times the time of one step on one CPU thread.
 
-- adaptive-computation-modules: a dense ViT is trained first, for as long again. Then it goes on as it is, or is
-  converted: 0.15 of the time for distillation, 0.05 for the gates, the rest for fine-tuning to one budget. Tokens run
-  learners by their gates, at a price calibrated on training pictures, or at random.
+- mone: a dense ViT is trained first, for as long again. Then it goes on as it is, or as a mixture of nested experts,
+  which draws its share of the work anew at each step and so serves every budget after one training. Experts take tokens
+  by the router, or at random; and the router that was trained is left out in use.
+- adaptive-computation-modules: the same dense ViT is converted: 0.15 of the time for distillation, 0.05 for the gates,
+  the rest for fine-tuning to one budget. Tokens run learners by their gates, at a price calibrated on training
+  pictures, or at random.
 - tokenlearner: the same dense ViT goes on with learned tokens from the latest block that the budget pays for, or with
   as many of its own tokens, drawn at random.
 - adatape: a ViT with patches of 16 reads as much tape from patches of 2 as the budget pays for; what is read is chosen
@@ -35,6 +39,8 @@ from foveate.data.labelled import Labelled, read_archive
 from foveate.encode.adaptive_computation_modules import AdaptiveComputationModules, learner_share
 from foveate.encode.adaptive_computation_training import distil, fine_tune, place_gates
 from foveate.encode.adatape import PONDER, AdaTape
+from foveate.encode.mone import MixtureHandle
+from foveate.encode.mone import plugin as nested
 from foveate.encode.tokenlearner import bottlenecks, plugin
 from foveate.hosts import vit as described
 from foveate.layers.transformer import VisionTransformer
@@ -181,6 +187,29 @@ def trained(trainer: Trainer, tested: Labelled, device: str) -> tuple[VisionTran
     return first, dense, [said({"network": "dense", "budget": 1.0, "spent": 1.0, "accuracy": accuracy(dense, tested)})]
 
 
+def experts(trainer: Trainer, tested: Labelled, device: str, budgets: tuple[float, ...]) -> list[Row]:
+    """Rows of MoNE."""
+    first, dense, rows = trained(trainer, tested, device)
+    for name in ("routed", "at random"):
+        own = deepcopy(first)
+        handle = nested(own, 1.0)
+
+        def measure(used: str, handle: MixtureHandle = handle, own: nn.Module = own) -> None:
+            for budget in budgets:
+                handle.budget = budget
+                row: Row = {"network": used, "budget": budget, "spent": share_of_dense(own, dense, tested)}
+                rows.append(said(row | {"accuracy": accuracy(own, tested)}))
+
+        if name == "at random":
+            handle.mixture.prefer = at_random
+        trainer.run(f"nested {name}", trainer.dense, own)
+        measure(name)
+        if name == "routed":
+            handle.mixture.prefer = at_random
+            measure("router left out in use")
+    return rows
+
+
 def tokens(trainer: Trainer, tested: Labelled, device: str, budgets: tuple[float, ...]) -> list[Row]:
     """Rows of TokenLearner."""
     first, dense, rows = trained(trainer, tested, device)
@@ -188,9 +217,11 @@ def tokens(trainer: Trainer, tested: Labelled, device: str, budgets: tuple[float
         for budget in budgets:
             own = deepcopy(first)
             layer, made = bottlenecks(described(own), budget)
+            if not made:  # the dense network
+                continue
             if name == "learned":
                 plugin(own, budget)
-            elif made:
+            else:
                 described(own).blocks[layer].patch(partial(drawn, made[0].learner.tokens))
             trainer.run(f"tokens {name} {budget:g}", trainer.dense, own)
             row: Row = {"network": name, "budget": budget, "spent": share_of_dense(own, dense, tested), "layer": layer}
@@ -213,6 +244,8 @@ def modules(trainer: Trainer, tested: Labelled, device: str, budgets: tuple[floa
     few = trainer.draws(4)()[0]
     for name in ("by gates", "at random"):
         for budget in budgets:
+            if budget == 1 and name == "at random":  # every learner runs, as by gates
+                continue
             own = deepcopy(handle)
             own.budget = budget
             if name == "at random" or budget == 1:
@@ -281,7 +314,7 @@ def table(name: str, rows: list[Row], args: argparse.Namespace) -> str:
     return f"{head} the dense network, `accuracy` in % of {args.tested} test pictures.\n\n" + "\n".join(lines) + "\n"
 
 
-SYSTEMS = {"adaptive-computation-modules": modules, "tokenlearner": tokens, "adatape": tapes}
+SYSTEMS = {"mone": experts, "adaptive-computation-modules": modules, "tokenlearner": tokens, "adatape": tapes}
 
 
 def main() -> None:

@@ -19,34 +19,22 @@ from foveate.errors import BudgetError, InputError
 from foveate.layers.learners import Learners
 from foveate.layers.transformer import MLP, VisionTransformer
 from foveate.meter import count_flops
+from small_hosts import output, vits
 
 SIDE, PATCH, WIDTH, DEPTH, HEADS, GATE = 32, 4, 48, 2, 3, 4
 N = (SIDE // PATCH) ** 2
+VITS = vits(SIDE, PATCH, WIDTH, DEPTH, HEADS, 4 * WIDTH)
 
 
-def _vits():
-    made = {"ours": lambda: VisionTransformer(SIDE, PATCH, WIDTH, DEPTH, HEADS, num_classes=4)}
-    try:
-        import transformers as t
-    except ImportError:
-        return made
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "image_size": SIDE}
-    small = sizes | {"patch_size": PATCH}
-    wide = small | {"intermediate_size": 4 * WIDTH}
-    return made | {
-        "ViTForImageClassification": lambda: t.ViTForImageClassification(t.ViTConfig(**wide)),
-        "Dinov2 with registers": lambda: t.Dinov2WithRegistersModel(
-            t.Dinov2WithRegistersConfig(**small, layerscale_value=0.5)
-        ),
-        "Dinov2 with SwiGLU": lambda: t.Dinov2Model(t.Dinov2Config(**small, use_swiglu_ffn=True)),
-        "CLIP": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**wide)),
-    }
-
-
-VITS = _vits()
-
-
-@pytest.fixture(params=VITS)
+@pytest.fixture(
+    params=[
+        "ours",
+        "ViTForImageClassification",
+        "Dinov2ForImageClassification",
+        "Dinov2WithRegistersModel",
+        "CLIPVisionModel",
+    ]
+)
 def host(request):
     torch.manual_seed(0)
     return VITS[request.param]().eval()
@@ -61,12 +49,6 @@ def net():
 @pytest.fixture
 def x():
     return torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-
-
-def output(model, x):
-    with torch.no_grad():
-        y = model(x)
-    return y if isinstance(y, torch.Tensor) else y[0]
 
 
 def undecided(handle):

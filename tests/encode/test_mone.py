@@ -15,49 +15,23 @@ from foveate.engine.surgery import patch_forward
 from foveate.errors import BudgetError, InputError
 from foveate.layers.transformer import VisionTransformer
 from foveate.meter import count_flops
+from small_hosts import filled, output, vits
 
 SIDE, PATCH, WIDTH, DEPTH, HEADS = 32, 4, 24, 3, 3
 N = (SIDE // PATCH) ** 2
+VITS = vits(SIDE, PATCH, WIDTH, DEPTH, HEADS)
 
 
-def _vits():
-    made = {"ours": lambda: VisionTransformer(SIDE, PATCH, WIDTH, DEPTH, HEADS, num_classes=4)}
-    try:
-        import transformers as t
-    except ImportError:
-        return made
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "image_size": SIDE}
-    small = sizes | {"patch_size": PATCH}
-    return made | {
-        "ViTModel": lambda: t.ViTModel(t.ViTConfig(**small, intermediate_size=64)),
-        "Dinov2 with registers": lambda: t.Dinov2WithRegistersModel(
-            t.Dinov2WithRegistersConfig(**small, layerscale_value=0.5)
-        ),
-        "Dinov2 with SwiGLU": lambda: t.Dinov2Model(t.Dinov2Config(**small, use_swiglu_ffn=True)),
-        "CLIP": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**small, intermediate_size=64)),
-    }
-
-
-VITS = _vits()
-
-
-def seasoned(model):
-    """Random weights large enough that every part shows."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0, 0.2)
-    return model.eval()
-
-
-@pytest.fixture(params=VITS)
+@pytest.fixture(
+    params=["ours", "ViTModel", "Dinov2ForImageClassification", "Dinov2WithRegistersModel", "CLIPVisionModel"]
+)
 def host(request):
-    return seasoned(VITS[request.param]())
+    return filled(VITS[request.param]())
 
 
 @pytest.fixture
 def net():
-    made = seasoned(MoNE(SIDE, PATCH, WIDTH, DEPTH, HEADS, num_classes=4))
+    made = filled(MoNE(SIDE, PATCH, WIDTH, DEPTH, HEADS, num_classes=4))
     with torch.no_grad():
         made.experts.alpha.copy_(torch.tensor([0.3, 0.0, 0.9]))
     return made
@@ -66,12 +40,6 @@ def net():
 @pytest.fixture
 def x():
     return torch.rand(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-
-
-def output(model, x):
-    with torch.no_grad():
-        y = model(x)
-    return y if isinstance(y, torch.Tensor) else y[0]
 
 
 @pytest.mark.parametrize(
@@ -316,7 +284,7 @@ def test_stochastic_depth_of_a_host(x):
 
 
 def test_a_report_on_untrained_slices_warns(x):
-    model = seasoned(VITS["ours"]())
+    model = filled(VITS["ours"]())
     with plugin(model, budget=0.6) as handle:
         with pytest.warns(UserWarning, match="never trained"):
             report = handle.report(x[:1])
@@ -328,7 +296,7 @@ def test_a_report_on_untrained_slices_warns(x):
 def test_unusable_settings(net, x):
     with pytest.raises(InputError, match="divides, got 20"):
         MoNE(SIDE, PATCH, 20, 1, 2)
-    model = seasoned(VITS["ours"]())
+    model = filled(VITS["ours"]())
     before = output(model, x)
     for budget in (0.05, "3 bpp", "10 tokens"):
         with pytest.raises(BudgetError):

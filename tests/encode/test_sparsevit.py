@@ -14,38 +14,19 @@ from foveate.engine.budget import Budget
 from foveate.errors import BudgetError, InputError
 from foveate.hosts import swin
 from foveate.meter import count_flops
+from small_hosts import filled, output, swins
 
-transformers = pytest.importorskip("transformers")
-SIZES = {"embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4, "image_size": 64, "patch_size": 4}
-HOSTS = {
-    "SwinModel": lambda: transformers.SwinModel(transformers.SwinConfig(**SIZES)),
-    "SwinForImageClassification": lambda: transformers.SwinForImageClassification(
-        transformers.SwinConfig(**SIZES, num_labels=4)
-    ),
-    "Swinv2Model": lambda: transformers.Swinv2Model(transformers.Swinv2Config(**SIZES)),
-}
+pytest.importorskip("transformers")
+HOSTS = swins(side=64)
 
 
-@pytest.fixture(params=HOSTS)
+@pytest.fixture(params=["SwinModel", "SwinForImageClassification", "Swinv2Model"])
 def host(request):
     return filled(HOSTS[request.param]())
 
 
-def filled(model):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0, 0.2)
-    return model.eval()
-
-
 def pixels(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def run(model, x):
-    with torch.no_grad():
-        return model(x)[0]
 
 
 # ------------------------------------------------------------------------------------------------- one block
@@ -86,10 +67,10 @@ def test_the_most_active_windows_are_kept():
 
 
 def test_blocks_of_a_kind_compute_nested_sets():
-    model = filled(transformers.SwinModel(transformers.SwinConfig(**{**SIZES, "depths": [6, 2]})))
+    model = filled(swins(64, (6, 2))["SwinModel"]())
     handle = SparseViT(model, ratios=((0.2, 0.2, 0.5, 0.5, 0.4, 0.8), (0, 0)))
     handle.chooser._record = record = []
-    run(model, pixels(2, 3, 64, 64))
+    output(model, pixels(2, 3, 64, 64))
     for parity in (0, 1):
         own = [set(chosen[0].tolist()) for _, _, chosen in record[:6][parity::2]]
         assert all(a <= b or b <= a for a in own for b in own)
@@ -102,13 +83,13 @@ def test_blocks_of_a_kind_compute_nested_sets():
 
 def test_ratio_0_is_the_host_bit_for_bit_and_removal_gives_it_back(host):
     x, before = pixels(2, 3, 64, 64), list(host.state_dict())
-    dense = run(host, x)
+    dense = output(host, x)
     handle = SparseViT(host, 1.0)
-    assert torch.equal(run(host, x), dense)
+    assert torch.equal(output(host, x), dense)
     handle.ratios = ((0.5, 0.5), (0.5, 0.5))
-    assert not torch.equal(run(host, x), dense)
+    assert not torch.equal(output(host, x), dense)
     handle.remove()
-    assert torch.equal(run(host, x), dense)
+    assert torch.equal(output(host, x), dense)
     assert list(host.state_dict()) == before
 
 
@@ -125,8 +106,7 @@ def test_flops_are_what_is_predicted_and_within_the_budget(host, budget, size):
 
 
 def test_the_rule_gives_the_authors_configuration_at_its_own_cost():
-    deep = {**SIZES, "depths": [2, 2, 6, 2], "num_heads": [1, 2, 4, 8], "image_size": 128}
-    chooser = SparseViT(transformers.SwinModel(transformers.SwinConfig(**deep)), 1.0, size=(512, 512)).chooser
+    chooser = SparseViT(swins(128, (2, 2, 6, 2))["SwinModel"](), 1.0, size=(512, 512)).chooser
     pattern = chooser.pattern()
     assert pattern == ((0.6, 0.6), (0, 0), (*[DEEPEST[0]] * 2, *[DEEPEST[1]] * 2, *[DEEPEST[2]] * 2), (0, 0))
     found = chooser.within(Budget(chooser.flops(pattern) / chooser.flops(chooser.dense) + 1e-6))
@@ -137,16 +117,16 @@ def test_the_rule_gives_the_authors_configuration_at_its_own_cost():
 def test_a_batch_is_its_pictures(host):
     x = pixels(3, 3, 64, 64)
     SparseViT(host, 0.5)
-    torch.testing.assert_close(run(host, x), torch.cat([run(host, p[None]) for p in x]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output(host, x), torch.cat([output(host, p[None]) for p in x]), atol=1e-4, rtol=1e-4)
 
 
 def test_a_copy_works_by_itself(host):
     x = pixels(1, 3, 64, 64)
     handle = SparseViT(host, 0.5)
-    other, expected = copy.deepcopy(host), run(host, x)
+    other, expected = copy.deepcopy(host), output(host, x)
     handle.ratios = handle.chooser.dense
-    assert torch.equal(run(other, x), expected)
-    assert not torch.equal(run(host, x), expected)
+    assert torch.equal(output(other, x), expected)
+    assert not torch.equal(output(host, x), expected)
 
 
 def test_gradients_flow_through_kept_windows():
@@ -159,7 +139,7 @@ def test_gradients_flow_through_kept_windows():
 def test_bfloat16():
     model = filled(HOSTS["SwinModel"]())
     SparseViT(model, 0.5)
-    exact, rough = run(model, pixels(1, 3, 64, 64)), run(model.bfloat16(), pixels(1, 3, 64, 64).bfloat16())
+    exact, rough = output(model, pixels(1, 3, 64, 64)), output(model.bfloat16(), pixels(1, 3, 64, 64).bfloat16())
     assert rough.dtype == torch.bfloat16
     assert rough.isfinite().all()
     assert exact.shape == rough.shape
@@ -185,14 +165,14 @@ def test_look_counts_and_draws_what_is_computed(host):
 
 
 def test_adaptation_draws_ascending_tenths_in_training_only():
-    model = filled(transformers.SwinModel(transformers.SwinConfig(**{**SIZES, "depths": [6, 2]})))
+    model = filled(swins(64, (6, 2))["SwinModel"]())
     handle, drawn = SparseViT(model, 1.0), set()
     with handle.adaptation(seed=3):
-        run(model, pixels(1, 3, 64, 64))
+        output(model, pixels(1, 3, 64, 64))
         assert handle.ratios == handle.chooser.dense
         model.train()
         for _ in range(6):
-            run(model, pixels(1, 3, 64, 64))
+            output(model, pixels(1, 3, 64, 64))
             first = handle.ratios[0]
             assert first[::2] == first[1::2]
             assert list(first) == sorted(first)
@@ -244,7 +224,7 @@ def test_time_is_measured_in_evaluation_mode_and_leaves_no_trace():
 
 def test_what_does_not_fit_is_refused_and_the_host_left_alone(host):
     x = pixels(1, 3, 64, 64)
-    dense = run(host, x)
+    dense = output(host, x)
     for settings_, error in (
         ({"ratios": ((0.5,), (0.5, 0.5))}, InputError),
         ({"ratios": ((0.5, 1.0), (0.5, 0.5))}, InputError),
@@ -254,7 +234,7 @@ def test_what_does_not_fit_is_refused_and_the_host_left_alone(host):
     ):
         with pytest.raises(error):
             SparseViT(host, **settings_)
-        assert torch.equal(run(host, x), dense)
+        assert torch.equal(output(host, x), dense)
     with pytest.raises(InputError):
         SparseViT(torch.nn.Linear(2, 2))
 
@@ -279,4 +259,4 @@ def test_genomes_and_ratios_agree(seed):
     assert tuple(round(10 * r) for stage in ratios for r in stage[::2]) == genome
 
 
-CHOOSER = SparseViT(transformers.SwinModel(transformers.SwinConfig(**{**SIZES, "depths": [2, 5]})), 1.0).chooser
+CHOOSER = SparseViT(swins(64, (2, 5))["SwinModel"](), 1.0).chooser

@@ -15,33 +15,16 @@ from foveate.engine.surgery import patch_forward
 from foveate.errors import BudgetError, InputError
 from foveate.layers.transformer import VisionTransformer
 from foveate.meter import count_flops
+from small_hosts import output, vits
 
 SIDE, PATCH, WIDTH, DEPTH, HEADS = 32, 4, 24, 4, 3
 N = (SIDE // PATCH) ** 2
+VITS = vits(SIDE, PATCH, WIDTH, DEPTH, HEADS)
 
 
-def _vits():
-    made = {
-        "ours": lambda: VisionTransformer(SIDE, PATCH, WIDTH, DEPTH, HEADS, num_classes=4),
-        "ours, averaged": lambda: VisionTransformer(SIDE, PATCH, WIDTH, DEPTH, HEADS, global_pool="avg"),
-    }
-    try:
-        import transformers as t
-    except ImportError:
-        return made
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "image_size": SIDE}
-    small = sizes | {"patch_size": PATCH}
-    return made | {
-        "ViTForImageClassification": lambda: t.ViTForImageClassification(t.ViTConfig(**small, intermediate_size=64)),
-        "Dinov2 with registers": lambda: t.Dinov2WithRegistersModel(t.Dinov2WithRegistersConfig(**small)),
-        "CLIP": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**small, intermediate_size=64)),
-    }
-
-
-VITS = _vits()
-
-
-@pytest.fixture(params=VITS)
+@pytest.fixture(
+    params=["ours", "ours, averaged", "ViTForImageClassification", "Dinov2WithRegistersModel", "CLIPVisionModel"]
+)
 def host(request):
     torch.manual_seed(0)
     return VITS[request.param]().eval()
@@ -50,12 +33,6 @@ def host(request):
 @pytest.fixture
 def x():
     return torch.rand(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-
-
-def output(model, x):
-    with torch.no_grad():
-        y = model(x)
-    return y if isinstance(y, torch.Tensor) else y[0]
 
 
 def far_from_start(module):
