@@ -192,6 +192,8 @@ def experts(trainer: Trainer, tested: Labelled, device: str, budgets: tuple[floa
     first, dense, rows = trained(trainer, tested, device)
     for name in ("routed", "at random"):
         own = deepcopy(first)
+        for budget in budgets:
+            nested(own, budget).remove()  # now, if none of the experts is that narrow
         handle = nested(own, 1.0)
 
         def measure(used: str, handle: MixtureHandle = handle, own: nn.Module = own) -> None:
@@ -250,6 +252,8 @@ def modules(trainer: Trainer, tested: Labelled, device: str, budgets: tuple[floa
             own.budget = budget
             if name == "at random" or budget == 1:
                 own.router.prefer, own.router.learning = at_random, False
+            else:
+                own.settle(few)
             trainer.run(f"{name} {budget:g}", trainer.tuned, own, 1 - DISTIL - PLACE)
             if own.router.learning:
                 own.calibrate(few)

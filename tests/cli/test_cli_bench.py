@@ -1,10 +1,11 @@
-"""`foveate bench ops` on an operator that costs nothing."""
+"""`foveate bench ops` on an operator that costs nothing, `foveate bench codecs` on those that cost little."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from foveate.bench import ops
@@ -52,6 +53,16 @@ def test_an_unknown_operator_is_refused_with_those_there_are() -> None:
     result = bench("--op", "exponentail")
     assert isinstance(result.exception, InputError)
     assert "No operator is called 'exponentail'. There are exponential, other." in str(result.exception)
+
+
+def test_codecs_beside_ours_can_be_asked_for() -> None:
+    Path("set").mkdir()
+    Image.effect_noise((180, 176), 20).convert("RGB").save("set/noise.png")
+    words = ["codecs", "--data", "set", "--method", "JPEG", "--method", "PNG"]
+    result = CliRunner().invoke(app, ["bench", *words])
+    assert result.exit_code == 0, result.exception
+    found = [(e["method"], e["setting"], e["count"]) for e in json.loads(Path("docs/results/codecs.json").read_text())]
+    assert found == [*(("JPEG", f"quality {q}", 1) for q in (10, 25, 50, 75, 90)), ("PNG", "lossless", 1)]
 
 
 def test_the_group_has_room_for_others() -> None:

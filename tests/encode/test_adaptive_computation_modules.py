@@ -172,6 +172,16 @@ def test_a_calibrated_price_meets_the_budget_together_and_not_one_by_one(net, x)
     assert handle.router.price is None
 
 
+def test_settled_gates_keep_to_the_budget_by_themselves(net, x):
+    handle = undecided(AdaptiveComputationModules(net, budget=0.7, gate=GATE))
+    handle.calibrate(x)
+    priced = [choice.runs for choice in recorded(handle, x)]
+    handle.settle(x)
+    assert handle.router.price == 0
+    settled = [choice.runs for choice in recorded(handle, x)]
+    assert all(torch.equal(a, b) for a, b in zip(priced, settled, strict=True))
+
+
 def test_without_training_all_tokens_run_alike(net, x):
     handle = AdaptiveComputationModules(net, budget=0.7, gate=GATE)
     for choice in recorded(handle, x):

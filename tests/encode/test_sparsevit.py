@@ -97,9 +97,9 @@ def test_ratio_0_is_the_host_bit_for_bit_and_removal_gives_it_back(host):
 @pytest.mark.parametrize("size", [(64, 64), (76, 52)])
 def test_flops_are_what_is_predicted_and_within_the_budget(host, budget, size):
     x = pixels(1, 3, *size)
-    full = count_flops(run, host, x)
+    full = count_flops(output, host, x)
     with SparseViT(host, budget, size=size) as handle:
-        spent = count_flops(run, host, x)
+        spent = count_flops(output, host, x)
         assert spent == pytest.approx(handle.chooser.flops(handle.ratios), rel=0.01)
     assert handle.chooser.flops(handle.chooser.dense) == pytest.approx(full, rel=0.01)
     assert 0.4 * budget * full < spent <= budget * full * 1.01

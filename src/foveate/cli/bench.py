@@ -75,7 +75,9 @@ def ops(
 @bench.command("codecs")
 def codecs(
     data: Annotated[Path, typer.Option(help="Folder of pictures, such as the Kodak set.", exists=True)],
-    names: Annotated[list[str] | None, typer.Option("--method", help="Only this codec; may be given again.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Option("--method", help="Only this codec, JPEG and so on too; may be given again.")
+    ] = None,
     rates: Annotated[list[str] | None, typer.Option("--rate", help="Only this budget; may be given again.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Pictures at most.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
@@ -91,7 +93,7 @@ def codecs(
       foveate bench codecs --data kodak/
       foveate bench codecs --data kodak/ --method gaussian-image --rate "0.5 bpp" --limit 3
     """
-    from foveate.bench.codecs import RATES, REPORT, baselines, measured, ours
+    from foveate.bench.codecs import RATES, REPORT, Way, baselines, measured, ours
     from foveate.compress.codec import methods
     from foveate.proofs import ProofContext
     from foveate.proofs.report import RESULTS
@@ -99,8 +101,11 @@ def codecs(
     context = ProofContext(seed=seed)
     skipped: list[str] = []
     everything: list[Entry] = []
-    chosen = [ours(name, rates or RATES) for name in dict.fromkeys(names or methods())]
-    for ways in chosen if names else [baselines(), *chosen]:
+    beside: dict[str, list[Way]] = {}
+    for way in baselines():
+        beside.setdefault(way.method, []).append(way)
+    for name in dict.fromkeys(names or [*beside, *methods()]):
+        ways = beside.get(name) or ours(name, rates or RATES)
         entries = list(measured(ways, data, context, limit, skipped))
         everything += entries
         if not as_json and entries:

@@ -20,9 +20,10 @@ layers get more. t = 0 is the gates' own choice (arg max). The share beta of the
 
     budget * full = rest + gates + beta * learners                of all FLOPs; attention's products are in the rest
 
-Not as in the paper: there the one way to another budget is another fine-tuning, learners start at random, and
-projections have a GELU too. Here MLPs start with the host's own hidden units, those of largest |w1| |w2| first, and
-projections, without GELU as in the published code, with the leading singular directions of theirs.
+Not as in the paper: there the one way to another budget is another fine-tuning, which also has to bring the gates down
+to it (`settle` begins there); learners start at random, and projections have a GELU too. Here MLPs start with the
+host's own hidden units, those of largest |w1| |w2| first, and projections, without GELU as in the published code, with
+the leading singular directions of theirs.
 """
 
 import math
@@ -275,6 +276,22 @@ class AdaptiveComputationModules(TokenHandle):
             self.host.model.train(training)
         self.router.price = found
         return found
+
+    @torch.no_grad()
+    def settle(self, pixels: Tensor) -> None:
+        """Calibrate, and take the price off the gates' scores: then what they choose by themselves costs the budget.
+
+        Fine-tuning starts from there; without it, gates first have to come down from as many learners as help at all.
+
+        Raises: BudgetError as `calibrate`.
+        """
+        price = self.calibrate(pixels)
+        for layer in self.layers:
+            last = layer.gate[-1]
+            assert isinstance(last, nn.Linear)
+            number = torch.arange(last.out_features, dtype=last.bias.dtype, device=last.bias.device)
+            last.bias -= price * layer.cost / self.router.work.dearest * number
+        self.router.price = 0.0
 
     def effort(self, pixels: Tensor) -> Look:
         """Learners that each patch runs over all of them, weighed by their cost."""

@@ -121,19 +121,21 @@ def tuned(context: ProofContext, task: Task) -> tuple[dict[str, float], dict[flo
     quiet: dict[str, Any] = {"average": 0.98, "log": lambda line: None}
     distil(handle, lambda _: draw(BATCH)[0], DISTIL[mode], **quiet)
     place_gates(handle, lambda _: draw(BATCH)[0], PLACE[mode], **quiet)
-    found, loads, ink = {}, {}, 0.0
+    found, loads, ink, few = {}, {}, 0.0, task.stream(seed + 3)(BATCH * 4)[0]
     for budget, prefer in [*((b, None) for b in BUDGETS), (LEAST, at_random)]:
         own = deepcopy(handle)
         own.budget = budget
-        if prefer is not None:
+        if prefer is None:
+            own.settle(few)
+        else:
             own.router.prefer, own.router.learning = prefer, False
         fine_tune(own, task_loss(own.host.model, task, seed + 2), TUNE[mode], lr=1e-3, weights=WEIGHTS, **quiet)
         name = f"{'gates' if prefer is None else 'at random'} at {budget:g}"
         if prefer is None:
             own.router.price = 0.0
-            load, ink = look(own, task.test[0])
-            loads[budget] = own.share, load
-            own.calibrate(task.stream(seed + 3)(BATCH * 4)[0])
+            loads[budget] = own.share, look(own, task.test[0])[0]
+            own.calibrate(few)
+            ink = look(own, task.test[0])[1]
         found[name] = accuracy(own.host.model, task.test)
     handle.remove()
     teach(host, task.stream(seed + 2), TUNE[mode], lr=1e-3)
