@@ -177,7 +177,7 @@ def plain_loss(model: Upscaler, low: torch.Tensor, high: torch.Tensor, progress:
         case SeemoRe():
             return model.loss(low, high)
         case ACLA():
-            model.set_temperature(5 * 0.02**progress)
+            model.set_temperature(5 * 0.02**progress, noisy=progress < 0.7)
             return (model(low) - high).abs().mean() + 1e-3 * model.sparsity()
         case _:
             return (model(low) - high).abs().mean()

@@ -44,7 +44,7 @@ def test_an_untrained_network_is_a_low_pass() -> None:
     basis = _cosines(8)
     assert torch.allclose(basis.T @ basis, torch.eye(64), atol=1e-5)
     assert torch.allclose(basis[:, 0], torch.full((64,), 1 / 8))
-    network = GlobalAutoencoder(16, 8, 12, 6, heads=4, halvings=1, widths=(4, 6))
+    network = GlobalAutoencoder(16, 8, 12, 6, heads=2, halvings=1, widths=(4, 6))
     y, x = torch.meshgrid(torch.linspace(0, 1, 16), torch.linspace(0, 1, 16), indexing="ij")
     smooth = torch.stack([x, y, 0.5 + 0 * x])[None]
     lost = (network(smooth, quantised=False)[0] - smooth).square().mean()

@@ -99,12 +99,32 @@ def test_weights_sum_to_one_where_a_gate_is_open(training):
     m.to_gate.weight.data *= 5
     m.to_gate.bias.data -= 2
     m.train(training)
-    m.hard = True
     total = m.attention(q)[1].sum((1, 2))
     ones = total > 0.5
     torch.testing.assert_close(total[ones], torch.ones_like(total[ones]), atol=1e-4, rtol=0)
     assert not total[~ones].any()
     assert ones.any()
+
+
+def test_without_noise_training_is_what_use_will_be():
+    m, (q, *refs) = module(), layers(3)
+    m.to_gate.weight.data *= 5
+    used = m.eval()(q, refs)
+    m.train().noisy = False
+    assert torch.equal(m(q, refs), used)
+    m.noisy = True
+    assert not torch.equal(m(q, refs), used)
+
+
+def test_gradients_stay_small_where_every_gate_is_closed():
+    m, (q, *refs) = module(), layers(3)
+    m.train().noisy = False
+    m.to_gate.weight.data.zero_()
+    m.to_gate.bias.data.fill_(-1e-3)
+    y = m(q, refs)
+    assert not y.any()
+    y.sum().backward()
+    assert 0 < float(m.to_gate.bias.grad.abs().max()) < 1e4
 
 
 def test_keys_begin_on_a_square_around_the_pixel():

@@ -176,17 +176,20 @@ class GlobalAutoencoder(nn.Module):
         self.down_bias, self.up_bias = nn.Parameter(torch.zeros(heads, dim)), nn.Parameter(torch.zeros(heads, area))
         self.offset = nn.Parameter(torch.zeros(tokens, dim))
         self.quantiser = VectorQuantiser(words, dim, tokens)
-        self._start_as_low_pass()
+        self._start_as_frequencies()
 
     @torch.no_grad()
-    def _start_as_low_pass(self) -> None:
-        """Begin with what Fourier would do: every token its map's lowest frequencies, and back, colours to maps and
-        back, U-Nets adding little. Random projections would first have to find a way through.
+    def _start_as_frequencies(self) -> None:
+        """Begin with what Fourier would do: heads share out the frequencies of a map, the lowest ones first, and tokens
+        of a head the colours, brightness first; and back. U-Nets add little. Random projections would first have to
+        find a way through, and heads that all begin with the lowest frequencies say the same thing over and over.
         """
-        basis = _cosines(self.side)[:, : self.down.shape[2]]
-        self.down[:, :, : basis.shape[1]], self.up[:, : basis.shape[1]] = basis, basis.T
-        mixing = 3 * nn.init.orthogonal_(torch.empty(self.tokens, self.channels))
-        self.beside_encoder.weight[:, :, 0, 0], self.beside_decoder.weight[:, :, 0, 0] = mixing, mixing.pinverse()
+        for n in range(self.heads):
+            basis = _cosines(self.side)[:, n :: self.heads][:, : self.down.shape[2]]
+            self.down[n, :, : basis.shape[1]], self.up[n, : basis.shape[1]] = basis, basis.T
+        colours = _waves(self.channels)[torch.arange(self.tokens // self.heads) % self.channels]
+        self.beside_encoder.weight[:, :, 0, 0] = 1.5 * colours.repeat(self.heads, 1)
+        self.beside_decoder.weight[:, :, 0, 0] = colours.pinverse().repeat(1, self.heads) / 1.5
         for net in (self.encoder, self.decoder):
             net.hush(0.02)
 
@@ -237,10 +240,15 @@ def _projected(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _cosines(side: int) -> Tensor:
     """The cosine transform of square maps, orthonormal, low frequencies first. Shape: [side^2, side^2], in columns."""
-    frequency, at = torch.arange(side)[:, None], torch.arange(side) + 0.5
-    wave = F.normalize(torch.cos(torch.pi / side * frequency * at), dim=1)
-    waves = torch.einsum("iy,jx->yxij", wave, wave).flatten(2).flatten(0, 1)
-    return waves[:, (frequency + frequency.T).flatten().argsort(stable=True)]
+    waves, frequency = _waves(side), torch.arange(side)
+    both = torch.einsum("iy,jx->yxij", waves, waves).flatten(2).flatten(0, 1)
+    return both[:, (frequency[:, None] + frequency).flatten().argsort(stable=True)]
+
+
+def _waves(length: int) -> Tensor:
+    """The cosine transform of so many numbers, orthonormal, in rows, low frequencies first. Shape: [length, length]."""
+    frequency, at = torch.arange(length)[:, None], torch.arange(length) + 0.5
+    return F.normalize(torch.cos(torch.pi / length * frequency * at), dim=1)
 
 
 def _places(x: Tensor) -> Tensor:

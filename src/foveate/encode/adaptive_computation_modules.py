@@ -290,7 +290,7 @@ class AdaptiveComputationModules(TokenHandle):
             last = layer.gate[-1]
             assert isinstance(last, nn.Linear)
             number = torch.arange(last.out_features, dtype=last.bias.dtype, device=last.bias.device)
-            last.bias -= price * layer.cost / self.router.work.dearest * number
+            last.bias.sub_(price * layer.cost / self.router.work.dearest * number)
         self.router.price = 0.0
 
     def effort(self, pixels: Tensor) -> Look:

@@ -9,8 +9,10 @@ instead a query Q [B, C, H, W] predicts, for each of m earlier layers R_j, the p
     y(p) = sum_jk a_jk(p) S_jk(p),           a = M exp(w) / (eps + sum_jk M exp(w)),   M = 1[g > 0]
 
 so the weights come from the query alone, and the gates M leave out keys that are of no use to it. In training M is a
-binary concrete variable of temperature tau, sigmoid((g + logistic noise) / tau), so that gradients reach g, and
-`sparsity` charges for open gates.
+binary concrete variable of temperature tau, sigmoid((g + logistic noise) / tau), rounded, with the gradients of what
+was rounded, and `sparsity` charges for open gates; in the end the noise is left out, so that the other weights get used
+to the gates that will be. Not as in the released code, which does not round at first: there all M can shrink together
+at no cost, for the sum below them shrinks too, and the price closes every gate.
 
 Where in a network such modules pay is found by search: each has a scalar gate of that kind, of logit alpha_l, on its
 output, and loss + lambda * sum_l sigmoid(alpha_l) cost_l / sum_l cost_l is minimised, weights on one half of the
@@ -34,14 +36,17 @@ GATES = (None, "mask", "logit")
 EPSILON = 1e-6
 
 
-def binary_concrete(logits: Tensor, temperature: float, hard: bool = False) -> Tensor:
+def binary_concrete(logits: Tensor, temperature: float, hard: bool = False, noisy: bool = True) -> Tensor:
     """Sample gates: sigmoid((logits + logistic noise) / temperature), the cold limit being 1 with odds exp(logits).
 
     Args:
         hard: round to 0 or 1, and pass gradients as if there were no rounding.
+        noisy: with noise; rounded without it, gates are 1[logits > 0].
     """
-    u = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-    soft = torch.sigmoid((logits + u.log() - (-u).log1p()) / temperature)
+    if noisy:
+        u = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+        logits = logits + u.log() - (-u).log1p()
+    soft = torch.sigmoid(logits / temperature)
     return (soft > 0.5).to(soft.dtype).detach() + (soft - soft.detach()) if hard else soft
 
 
@@ -58,7 +63,7 @@ class CrossLayerAttention(nn.Module):
             is bounded, so that pictures can be enlarged in tiles.
         post: end with BN(depth-wise 3x3(y)) + Q.
 
-    Attributes: temperature (tau) and hard, of the gates in training; opened, the mean sigmoid(g) of the last call.
+    Attributes: temperature (tau) and noisy, of the gates in training; opened, the mean sigmoid(g) of the last call.
 
     Shape: query [B, C, H, W], references m of the same shape -> [B, C, H, W].
     Raises: InputError for references of another number or shape.
@@ -81,7 +86,7 @@ class CrossLayerAttention(nn.Module):
         if references < 1 or keys < 1:
             raise InputError(f"attention needs a key in a reference, got {keys} keys in {references} references.")
         self.references, self.keys, self.reach = references, keys, reach
-        self.temperature, self.hard, self.gate = 1.0, False, gate
+        self.temperature, self.noisy, self.gate = 1.0, True, gate
         count = keys * references
         self.to_offset, self.to_weight = nn.Conv2d(channels, 2 * count, 1), nn.Conv2d(channels, count, 1)
         self.to_gate = nn.Conv2d(channels, count, 1) if gate else None
@@ -108,11 +113,14 @@ class CrossLayerAttention(nn.Module):
         g = self.to_gate(query).unflatten(1, (self.references, self.keys))
         self.opened = g.sigmoid().mean()
         if self.gate == "logit":
-            drawn = F.gumbel_softmax(g, self.temperature, self.hard, dim=2) if self.training else g.softmax(2)
+            drawn = F.gumbel_softmax(g, self.temperature, dim=2) if self.training else g.softmax(2)
             return offset, _softmax(w * drawn)
-        mask = binary_concrete(g, self.temperature, self.hard) if self.training else (g > 0).to(g.dtype)
-        share = mask * (w - w.amax((1, 2), keepdim=True)).exp()
-        return offset, share / (EPSILON + share.sum((1, 2), keepdim=True))
+        mask = binary_concrete(g, self.temperature, True, self.noisy) if self.training else (g > 0).to(g.dtype)
+        every = (w - w.amax((1, 2), keepdim=True)).exp()
+        share, full = mask * every, every.sum((1, 2), keepdim=True)
+        total = share.sum((1, 2), keepdim=True)
+        # Where all gates are closed the sum is 0 over anything; over everything its gradients stay small.
+        return offset, share / torch.where(total > 0, EPSILON + total, full)
 
     def forward(self, query: Tensor, references: Sequence[Tensor]) -> Tensor:
         if len(references) != self.references or any(r.shape != query.shape for r in references):
@@ -219,11 +227,11 @@ class ACLA(Upscaler):
             raise InputError("there is no gate to close; build the network with gate='mask'.")
         return torch.stack(gated).mean()
 
-    def set_temperature(self, temperature: float, hard: bool = False) -> None:
-        """Of all gates in training; 5 to begin with and 0.1 in the end, where `hard` rounds them."""
+    def set_temperature(self, temperature: float, noisy: bool = True) -> None:
+        """Of all gates in training; 5 to begin with and 0.1 in the end, when they should no longer be `noisy`."""
         self.temperature = temperature
         for module in self.modules_by_stage().values():
-            module.temperature, module.hard = temperature, hard
+            module.temperature, module.noisy = temperature, noisy
 
     def search_cost(self) -> Tensor:
         """sum_l sigmoid(alpha_l) cost_l / sum_l cost_l: the share of the modules' multiply-accumulates that stays."""

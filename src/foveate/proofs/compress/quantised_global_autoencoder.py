@@ -167,7 +167,7 @@ def build(kind: str, tokens: int, channels: int = 1) -> Network:
     if kind == "patch":
         return PatchAutoencoder(GRIDS[tokens], WIDTHS[tokens], channels)
     return GlobalAutoencoder(
-        SIDE, tokens, WORDS, DIM, heads=min(4, tokens), halvings=1, widths=(16, 24), channels=channels
+        SIDE, tokens, WORDS, DIM, heads=min(8, tokens), halvings=1, widths=(16, 24), channels=channels
     )
 
 

@@ -186,7 +186,7 @@ def _loss(context: ProofContext, network: ACLA, data: list, steps: int) -> Calla
 
     def loss() -> Tensor:
         done = next(step) / max(1, steps - 1)
-        network.set_temperature(first * (last / first) ** done, hard=done > 0.8)
+        network.set_temperature(first * (last / first) ** done, noisy=done < 0.7)
         clean = torch.cat([draw(BATCH // 2, SIDE)[1], textures(BATCH // 2, SIDE, dice).to(context.device)])
         noisy = clean + SIGMA * torch.randn(clean.shape, generator=dice).to(context.device)
         error = (network(noisy) - clean).abs().mean()
