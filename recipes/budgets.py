@@ -42,9 +42,9 @@ from foveate.encode.adatape import PONDER, AdaTape
 from foveate.encode.mone import MixtureHandle
 from foveate.encode.mone import plugin as nested
 from foveate.encode.tokenlearner import bottlenecks, plugin
+from foveate.engine.fit import fit
 from foveate.hosts import vit as described
 from foveate.layers.transformer import VisionTransformer
-from foveate.learn.fit import fit
 from foveate.meter import count_flops
 from foveate.proofs.evidence import markdown_row
 

@@ -19,8 +19,8 @@ from rich.progress import track
 from foveate import weights
 from foveate.data import pictures
 from foveate.data.degrade import downscale, mod_crop
+from foveate.engine.fit import fit
 from foveate.learn.crops import Crops
-from foveate.learn.fit import fit
 from foveate.meter.quality import psnr
 from foveate.restore.adk_net import ADKNet, sample_camera
 

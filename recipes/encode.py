@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from foveate.data.labelled import Labelled, read_archive, read_folder
+from foveate.engine.fit import fit
 from foveate.errors import InputError
 from foveate.layers.classifier import ImageClassifier
 from foveate.layers.fold import ConvNorm
-from foveate.learn.fit import fit
 from foveate.meter import count_flops, count_parameters
 from foveate.proofs.evidence import markdown_row
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from foveate import weights
 from foveate.data.pictures import read_folder
+from foveate.engine.fit import fit
 from foveate.layers.rescaler import Filter, Rescaler
 from foveate.learn.crops import Crops
-from foveate.learn.fit import fit
 from foveate.meter.quality import psnr_y
 from foveate.restore.gsasr import GSASR, reduced
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from foveate.compress.global_tokens import GlobalAutoencoder
 from foveate.compress.quantised_global_autoencoder import LEVELS, save_weights
 from foveate.data import pictures
+from foveate.engine.fit import fit
 from foveate.learn.crops import Crops
-from foveate.learn.fit import fit
 from foveate.weights import FOLDER
 
 PLAIN, FREEZE = 0.1, 0.8

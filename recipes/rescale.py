@@ -20,10 +20,10 @@ from torch import Tensor
 
 from foveate import weights
 from foveate.data.pictures import read_folder
+from foveate.engine.fit import fit
 from foveate.layers.resample import Size, resize, wholes
 from foveate.layers.rescaler import Rescaler, quantise
 from foveate.learn.crops import Crops
-from foveate.learn.fit import fit
 from foveate.meter.cost import count_parameters
 from foveate.meter.quality import psnr_y
 from foveate.restore.bidirectional_rescaling import BAIRNet

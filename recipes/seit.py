@@ -21,8 +21,8 @@ from foveate.curate.seit import NONE, Changes, SeiT, adapt_stem, draws
 from foveate.curate.tokeniser import PatchTokeniser
 from foveate.data.labelled import Labelled, read_archive, read_folder
 from foveate.data.token_store import TokenStore
+from foveate.engine.fit import fit
 from foveate.layers.transformer import VisionTransformer
-from foveate.learn.fit import fit
 
 SIDE, PATCH = 32, 4
 CHANGES = {

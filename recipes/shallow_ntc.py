@@ -23,8 +23,8 @@ from foveate.compress.entropy import Ints
 from foveate.compress.hyperprior import OCTAVE, SMALLEST, TOP
 from foveate.compress.transform_coder import LATENTS, RATES, TransformCoder, price, save, small
 from foveate.compress.transforms import FACTOR, JpegLike, start_at_basis
+from foveate.engine.fit import fit
 from foveate.learn.crops import Crops
-from foveate.learn.fit import fit
 from foveate.meter.cost import count_parameters
 from foveate.weights import FOLDER
 

@@ -20,9 +20,9 @@ from rich.progress import track
 from safetensors.torch import load_file
 
 from foveate import weights
+from foveate.engine.fit import fit
 from foveate.layers.upscaler import Upscaler
 from foveate.learn.crops import Crops
-from foveate.learn.fit import fit
 from foveate.meter.quality import psnr_y
 from foveate.ops.color import rgb_to_y
 from foveate.restore.acla import ACLA

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from foveate.data.labelled import read_archive
+from foveate.engine.fit import fit
 from foveate.layers.fold import fuse
 from foveate.layers.vgg import SLUG, SMALL, SMALL_NORMAL, VGG, small_vgg
 from foveate.learn.crops import Crops
-from foveate.learn.fit import fit
 from foveate.learn.image_transform import TransformNet
 from foveate.learn.perceptual_losses import PerceptualLosses
 from foveate.meter import count_parameters

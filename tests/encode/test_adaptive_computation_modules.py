@@ -172,6 +172,14 @@ def test_a_calibrated_price_meets_the_budget_together_and_not_one_by_one(net, x)
     assert handle.router.price is None
 
 
+def test_a_price_is_found_where_projections_run_no_more_than_they_must(net, x):
+    handle = undecided(AdaptiveComputationModules(net, budget=0.44, gate=GATE))
+    assert handle.share < 1 / 4
+    exact = count_flops(net, x)
+    handle.calibrate(x)
+    assert count_flops(net, x) == pytest.approx(exact, rel=0.03)
+
+
 def test_settled_gates_keep_to_the_budget_by_themselves(net, x):
     handle = undecided(AdaptiveComputationModules(net, budget=0.7, gate=GATE))
     handle.calibrate(x)

@@ -264,7 +264,9 @@ class AdaptiveComputationModules(TokenHandle):
                 self.host.tokens(pixels)
             return float(learner_share(record).mean())
 
-        before, target = self.router.price, self.router.work.share(self.budget, self._tokens(self.host, pixels))
+        share = self.router.work.share(self.budget, self._tokens(self.host, pixels))
+        wanted = sum(layer.cost * max(share, layer.least / layer.learners) for layer in self.layers)
+        before, target = self.router.price, wanted / sum(layer.cost for layer in self.layers)
         training = self.host.model.training
         self.host.model.eval()
         try:

@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.encode.adaptive_computation_modules import AdaptiveComputationModules, Choice, learner_share
+from foveate.engine.fit import fit
 from foveate.engine.surgery import join, patch_forward
 from foveate.layers.learners import Learners
-from foveate.learn.fit import fit
 
 Lesson = tuple[Learners, Tensor, Tensor]
 """A new layer, tokens that the old one was given, and what it made of them."""
@@ -80,7 +80,7 @@ def distil(
         pictures: step -> pictures as the host takes them, [B, 3, H, W]; no classes are needed.
         steps: of Adam.
         lr: peak learning rate.
-        options: of `foveate.learn.fit.fit`, which also says what is returned.
+        options: of `foveate.engine.fit.fit`, which also says what is returned.
     """
     taught = [p for layer in handle.layers for p in (layer.w1, layer.b1, layer.w2)]
     loss = lambda step: distillation_loss(lessons(handle, pictures(step)))  # noqa: E731
@@ -154,7 +154,7 @@ def fine_tune(
     Args:
         loss: step -> the task's loss, for which it calls the host.
         weights: of the budget, of differing tokens and of differing pictures.
-        options: of `foveate.learn.fit.fit`.
+        options: of `foveate.engine.fit.fit`.
     """
     router, model = handle.router, handle.host.model
 

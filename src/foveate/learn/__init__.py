@@ -1,1 +1,1 @@
-"""The learn wing: training loops, losses and schedules."""
+"""The learn wing: losses, and what is trained by them."""

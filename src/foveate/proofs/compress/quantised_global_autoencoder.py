@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from foveate.compress.global_tokens import GlobalAutoencoder
 from foveate.data.labelled import read_archive
+from foveate.engine.fit import fit
 from foveate.layers.residual import ResidualBlock
 from foveate.layers.vector_quantise import Quantised, VectorQuantiser
-from foveate.learn.fit import fit
 from foveate.meter import count_parameters
 from foveate.proofs.evidence import Evidence, ProofContext, Row
 from foveate.proofs.report import figure_to_picture

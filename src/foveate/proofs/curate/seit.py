@@ -28,9 +28,9 @@ from foveate.curate.seit import NONE, Changes, SeiT, draws
 from foveate.curate.tokeniser import PatchTokeniser
 from foveate.data.labelled import Labelled, read_archive
 from foveate.data.token_store import TokenStore
+from foveate.engine.fit import fit
 from foveate.layers.fold import ConvNorm
 from foveate.layers.resnet import ResNet
-from foveate.learn.fit import fit
 from foveate.proofs.evidence import Evidence, ProofContext, Row
 
 SIDE, PATCH, WORDS, DIM, WIDTH = 32, 4, 391, 16, 64

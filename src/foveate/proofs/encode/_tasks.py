@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from foveate.data.labelled import read_archive, standardised
+from foveate.engine.fit import fit
 from foveate.hosts.plugin import TokenHandle
-from foveate.learn.fit import fit
 from foveate.meter import Comparison, compare
-from foveate.proofs.encode.adaptive_patch_transformer import draw_glyphs
 from foveate.proofs.evidence import ProofContext
 
 Draw = Callable[[int], tuple[Tensor, Tensor]]
@@ -38,6 +38,19 @@ class Task:
     side: int
     stream: Callable[[int], Draw]
     test: tuple[Tensor, Tensor]
+
+
+def draw_glyphs() -> Tensor:
+    """Digits as ink in 0..1, of three sizes and three slants each. Shape: [10, 9, 20, 20]."""
+    found = []
+    for digit in range(10):
+        for size in (14, 17, 20):
+            for angle in (-15, 0, 15):
+                image = Image.new("L", (20, 20))
+                ImageDraw.Draw(image).text((10, 10), str(digit), fill=255, anchor="mm", font_size=size)
+                turned = image.rotate(angle, Image.Resampling.BILINEAR)
+                found.append(torch.tensor(list(turned.tobytes()), dtype=torch.float32).view(20, 20) / 255)
+    return torch.stack(found).view(10, -1, 20, 20)
 
 
 def drawn_digits(context: ProofContext, tested: int = 1000) -> Task:

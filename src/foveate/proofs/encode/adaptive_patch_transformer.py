@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from foveate.encode.adaptive_patch_transformer import AdaptivePatchTransformer
+from foveate.engine.fit import fit
 from foveate.hosts.picture import HALF, Pixels
 from foveate.layers.transformer import VisionTransformer
-from foveate.learn.fit import fit
 from foveate.meter import Comparison, compare
+from foveate.proofs.encode._tasks import draw_glyphs
 from foveate.proofs.evidence import Evidence, ProofContext, Row
 
 SIDE = 384
@@ -193,19 +193,6 @@ def accuracy(network: nn.Module, test: tuple[Tensor, Tensor]) -> float:
     with torch.inference_mode():
         named = torch.cat([network(x).argmax(1) for x in test[0].split(250)])
     return float((named == test[1]).float().mean())
-
-
-def draw_glyphs() -> Tensor:
-    """Digits as ink in 0..1, of three sizes and three slants each. Shape: [10, 9, 20, 20]."""
-    found = []
-    for digit in range(CLASSES):
-        for size in (14, 17, 20):
-            for angle in (-15, 0, 15):
-                image = Image.new("L", (20, 20))
-                ImageDraw.Draw(image).text((10, 10), str(digit), fill=255, anchor="mm", font_size=size)
-                turned = image.rotate(angle, Image.Resampling.BILINEAR)
-                found.append(torch.tensor(list(turned.tobytes()), dtype=torch.float32).view(20, 20) / 255)
-    return torch.stack(found).view(CLASSES, -1, 20, 20)
 
 
 def digits(glyphs: Tensor, dice: torch.Generator, batch: int) -> tuple[Tensor, Tensor]:

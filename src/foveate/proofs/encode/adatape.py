@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from foveate.encode.adatape import AdaTape
-from foveate.learn.fit import fit
+from foveate.engine.fit import fit
 from foveate.meter import count_flops
 from foveate.proofs.encode._shared import one_thread
 from foveate.proofs.encode._tasks import BATCH, LR, Draw, Task, accuracy, cifar, drawn_digits

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from foveate import ops
 from foveate.encode.foveated_perception import FoveatedPerception, matched
-from foveate.learn.fit import fit
+from foveate.engine.fit import fit
 from foveate.meter import compare, psnr, ssim
 from foveate.ops.foveation import laplacian, polar
 from foveate.proofs.evidence import Evidence, ProofContext, Row

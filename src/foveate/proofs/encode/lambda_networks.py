@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from foveate.encode.lambda_networks import LambdaLayer, LambdaResNet
-from foveate.learn.fit import fit
+from foveate.engine.fit import fit
 from foveate.meter import Comparison, compare, count_flops, count_parameters, stored_bytes
 from foveate.proofs.evidence import Evidence, ProofContext, Row
 

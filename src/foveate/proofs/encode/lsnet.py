@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.encode.lsnet import SIZES, LSConv, LSNet
+from foveate.engine.fit import fit
 from foveate.layers.fold import ConvNorm
-from foveate.learn.fit import fit
 from foveate.meter import Comparison, compare, count_parameters
 from foveate.proofs.encode._shared import network_row
 from foveate.proofs.evidence import Evidence, ProofContext, Row

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from foveate.encode.sparsevit import SparseViT, activity
 from foveate.encode.sparsevit_ratios import LEVELS
+from foveate.engine.fit import fit
 from foveate.errors import MissingExtraError
-from foveate.learn.fit import fit
 from foveate.meter import Comparison, compare
 from foveate.proofs.evidence import Evidence, ProofContext, Row
 

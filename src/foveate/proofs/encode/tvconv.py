@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from foveate.engine.fit import fit
 from foveate.layers.fold import ConvNorm, fuse
 from foveate.layers.varying_conv import FrozenTVConv, TVConvNorm
-from foveate.learn.fit import fit
 from foveate.meter import Comparison, compare, count_flops
 from foveate.ops.gathered import gathered
 from foveate.proofs.evidence import Evidence, ProofContext, Row

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from foveate.data.labelled import read_archive, standardised
 from foveate.encode.wavemix import PatchStem, WaveBlock, WaveMix
+from foveate.engine.fit import fit
 from foveate.layers.classifier import ImageClassifier
 from foveate.layers.resnet import BasicBlock
-from foveate.learn.fit import fit
 from foveate.meter import Comparison, compare, count_flops, count_parameters, stored_bytes
 from foveate.proofs.evidence import Evidence, ProofContext, Row
 

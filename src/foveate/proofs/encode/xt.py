@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.encode.xt import XT, nest
+from foveate.engine.fit import fit
 from foveate.layers.transformer import VisionTransformer
-from foveate.learn.fit import fit
 from foveate.meter import Comparison, compare, peak_memory, stored_bytes
 from foveate.proofs.evidence import Evidence, ProofContext, Row
 

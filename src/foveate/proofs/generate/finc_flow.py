@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from foveate.engine.fit import fit
 from foveate.generate.finc_flow import GROUPS, FInCFlow, FInCUnit, FlowStep
-from foveate.learn.fit import fit
 from foveate.meter import Comparison, compare, count_parameters, slope, time_call
 from foveate.ops import use
 from foveate.ops.color import rgb_to_y

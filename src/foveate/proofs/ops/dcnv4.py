@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveate.learn.fit import fit
+from foveate.engine.fit import fit
 from foveate.meter import Comparison, compare, count_parameters
 from foveate.ops.dcnv4 import DCNv4, column_taps, dcnv4, packed_reads
 from foveate.proofs.evidence import Evidence, ProofContext, Row

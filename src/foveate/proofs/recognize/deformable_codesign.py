@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foveate.engine.fit import fit
 from foveate.layers.fold import ConvNorm, fuse
 from foveate.layers.quantise import quantise
-from foveate.learn.fit import fit
 from foveate.proofs.evidence import Evidence, ProofContext, Row
 from foveate.recognize.deformable_codesign import DeformConv, DeformStage
 from foveate.recognize.deformable_cost import Layer, price, row_misses

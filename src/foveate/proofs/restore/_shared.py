@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from foveate.data import pictures
 from foveate.data.degrade import downscale, mod_crop
+from foveate.engine.fit import fit
 from foveate.errors import InputError
 from foveate.layers.upscaler import Upscaler
-from foveate.learn.fit import fit
 from foveate.meter import Comparison, compare, psnr, psnr_y
 from foveate.ops.color import rgb_to_y
 from foveate.proofs.evidence import ProofContext
@@ -139,7 +139,7 @@ def train(
 
     Args:
         loss: called once per step; draws its own crops.
-        lr, parameters, clip: as in `foveate.learn.fit.fit`.
+        lr, parameters, clip: as in `foveate.engine.fit.fit`.
 
     Returns: seconds spent.
     """

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from foveate.engine.fit import fit, schedule
 from foveate.learn import fit as module
-from foveate.learn.fit import fit, schedule
 
 TARGET = torch.tensor([1.0, -2.0, 3.0])
 
