@@ -9,6 +9,7 @@ from foveate.engine.packed import Packed
 from foveate.hosts.packing import Plan, run_packed
 from foveate.layers.transformer import VisionTransformer
 from foveate.meter import count_flops
+from small_hosts import filled
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 4}
 KINDS = {
@@ -19,14 +20,6 @@ KINDS = {
     "attention pooling": {"global_pool": "map"},
 }
 PICTURES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-def filled(model):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0, 0.2)
-    return model.eval()
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS)
