@@ -108,12 +108,13 @@ class Report:
         """Panels side by side, sets of pictures below each other; None where matplotlib is missing."""
         try:
             from matplotlib.figure import Figure
-            from matplotlib.ticker import NullFormatter
+            from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
         except ImportError:
             return None
         entries = list(entries)
         sets, looks = _by(entries, "pictures"), dict[str, dict[str, str]]()
-        for number, method in enumerate(sorted({entry["method"] for entry in entries})):
+        visible = {e["method"] for e in entries for p in self.panels if None not in (e[p.x], e[p.y])}
+        for number, method in enumerate(sorted(visible)):
             looks[method] = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3]}
         drawn: Any = Figure((6.4 * len(self.panels), 4.8 * max(len(sets), 1)), layout="constrained")
         grid = drawn.subplots(max(len(sets), 1), len(self.panels), squeeze=False)
@@ -128,8 +129,10 @@ class Report:
                 place.set_ylabel(self.columns[panel.y][0])
                 if panel.log:
                     place.set_xscale("log")
-                    if place.get_xlim()[1] > 10 * place.get_xlim()[0]:  # else they are all the numbers there are
-                        place.xaxis.set_minor_formatter(NullFormatter())
+                    few = place.get_xlim()[1] > 1000 * place.get_xlim()[0]
+                    place.xaxis.set_major_locator(LogLocator(subs=(1,) if few else (1, 2, 5)))
+                    place.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                    place.xaxis.set_minor_formatter(NullFormatter())
                 place.grid(alpha=0.3, which="both")
             shown = {name: line for place in row for line, name in zip(*place.get_legend_handles_labels(), strict=True)}
             place.legend(shown.values(), shown, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
