@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SIDE, WORDS, DIM, BATCH, LR = 24, 32, 16, 16, 5e-3
-STEPS = {"quick": 260, "full": 600}
+STEPS = {"quick": 220, "full": 600}
 BITS = WORDS.bit_length() - 1
 PRICE = 0.1
 """Of the quantiser's loss, a tenth of the published one for both: pictures are to be learned in few steps."""
