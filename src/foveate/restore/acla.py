@@ -11,8 +11,8 @@ instead a query Q [B, C, H, W] predicts, for each of m earlier layers R_j, the p
 so the weights come from the query alone, and the gates M leave out keys that are of no use to it. In training M is a
 binary concrete variable of temperature tau, sigmoid((g + logistic noise) / tau), rounded, with the gradients of what
 was rounded, and `sparsity` charges for open gates; in the end the noise is left out, so that the other weights get used
-to the gates that will be. Not as in the released code, which does not round at first: there all M can shrink together
-at no cost, for the sum below them shrinks too, and the price closes every gate.
+to the gates that will be. Were M not rounded, all of it could shrink together at no cost, for the sum below shrinks
+too, and the price would close every gate.
 
 Where in a network such modules pay is found by search: each has a scalar gate of that kind, of logit alpha_l, on its
 output, and loss + lambda * sum_l sigmoid(alpha_l) cost_l / sum_l cost_l is minimised, weights on one half of the
