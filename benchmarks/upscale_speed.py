@@ -22,12 +22,6 @@ from foveate.layers.upscaler import Upscaler
 from foveate.meter import compare, psnr_y
 
 
-def folder(path: Path) -> list[torch.Tensor]:
-    """Every picture of a folder as [1, 3, H, W]."""
-    found = [pictures.load(file) for file, _ in pictures.list_pictures(path)]
-    return [p.window(0, p.height, 0, p.width)[0].expand(-1, 3, -1, -1) for p in found]
-
-
 def quality(model: Upscaler, originals: list[torch.Tensor], share: float) -> float:
     """Mean PSNR-Y in dB."""
     values = []
@@ -70,14 +64,15 @@ def main() -> None:
         model = weights.load(args.method, scale).to(memory_format=torch.channels_last)
         shares = [1.0, 0.75, args.budget] if model.floor <= args.budget else [1.0]
         for name in ("set5", "kodak12"):
-            originals = folder(args.data / name)
+            originals = pictures.read_folder(args.data / name)
             row = {f"{share:g}": round(quality(model, originals, share), 2) for share in shares}
             print(f"PSNR-Y x{scale} {name:8}", row, f"floor {model.floor:.2f}", flush=True)
             out[f"x{scale} {name}"] = row
 
     model = weights.load(args.method, args.scale).to(memory_format=torch.channels_last)
     if model.floor <= args.budget:
-        kodak = [downscale(mod_crop(x, args.scale), args.scale, rounded=True) for x in folder(args.data / "kodak12")]
+        originals = pictures.read_folder(args.data / "kodak12")
+        kodak = [downscale(mod_crop(x, args.scale), args.scale, rounded=True) for x in originals]
         rows = [efficiency(model, low, args.budget, args.pairs) for low in kodak]
         summary = {key: round(statistics.median(row[key] for row in rows), 3) for key in rows[0]}
         print(f"kodak12 x{args.scale}, median of {len(rows)}:", summary, flush=True)

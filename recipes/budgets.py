@@ -192,23 +192,27 @@ def experts(trainer: Trainer, tested: Labelled, device: str, budgets: tuple[floa
     first, dense, rows = trained(trainer, tested, device)
     for name in ("routed", "at random"):
         own = deepcopy(first)
-        for budget in budgets:
-            nested(own, budget).remove()  # now, if none of the experts is that narrow
-        handle = nested(own, 1.0)
-
-        def measure(used: str, handle: MixtureHandle = handle, own: nn.Module = own) -> None:
-            for budget in budgets:
-                handle.budget = budget
-                row: Row = {"network": used, "budget": budget, "spent": share_of_dense(own, dense, tested)}
-                rows.append(said(row | {"accuracy": accuracy(own, tested)}))
-
+        handle = nested(own, min(budgets))  # refused here, before training, if none of the experts is that narrow
         if name == "at random":
             handle.mixture.prefer = at_random
         trainer.run(f"nested {name}", trainer.dense, own)
-        measure(name)
+        rows += at_budgets(name, own, handle, dense, tested, budgets)
         if name == "routed":
             handle.mixture.prefer = at_random
-            measure("router left out in use")
+            rows += at_budgets("router left out in use", own, handle, dense, tested, budgets)
+    return rows
+
+
+def at_budgets(
+    name: str, network: nn.Module, handle: MixtureHandle, dense: VisionTransformer, tested: Labelled,
+    budgets: tuple[float, ...],
+) -> list[Row]:  # fmt: skip
+    """A row for each budget that one network of nested experts serves."""
+    rows = []
+    for budget in budgets:
+        handle.budget = budget
+        row: Row = {"network": name, "budget": budget, "spent": share_of_dense(network, dense, tested)}
+        rows.append(said(row | {"accuracy": accuracy(network, tested)}))
     return rows
 
 

@@ -42,6 +42,7 @@ def test_parts_run_at_once(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     meeting = threading.Barrier(3, timeout=60)  # breaks unless all three parts are there together
     in_parts(lambda start, stop: meeting.wait(), 3, least=1)
+    assert not meeting.broken
 
 
 def test_one_part_runs_where_it_was_called(monkeypatch):

@@ -184,8 +184,9 @@ class GlobalAutoencoder(nn.Module):
         of a head the colours, brightness first; and back. U-Nets add little. Random projections would first have to
         find a way through, and heads that all begin with the lowest frequencies say the same thing over and over.
         """
+        cosines = _cosines(self.side)
         for n in range(self.heads):
-            basis = _cosines(self.side)[:, n :: self.heads][:, : self.down.shape[2]]
+            basis = cosines[:, n :: self.heads][:, : self.down.shape[2]]
             self.down[n, :, : basis.shape[1]], self.up[n, : basis.shape[1]] = basis, basis.T
         colours = _waves(self.channels)[torch.arange(self.tokens // self.heads) % self.channels]
         self.beside_encoder.weight[:, :, 0, 0] = 1.5 * colours.repeat(self.heads, 1)

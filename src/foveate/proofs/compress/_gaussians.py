@@ -59,9 +59,7 @@ def kodak(context: ProofContext) -> list[tuple[str, Tensor]]:
         return []
     found = []
     for file, _ in pictures.list_pictures(folder):
-        picture = pictures.load(file)
-        color, _ = picture.window(0, picture.height, 0, picture.width)
-        found.append((file.stem, color[0].expand(3, -1, -1).contiguous()))
+        found.append((file.stem, pictures.load(file).rgb()[0].contiguous()))
     return found
 
 

@@ -78,9 +78,7 @@ def measured_pairs(context: ProofContext, scale: int, names: tuple[str, ...] = H
 
 
 def _read(file: Path, scale: int, context: ProofContext) -> Pair:
-    picture = pictures.load(file)
-    color, _ = picture.window(0, picture.height, 0, picture.width)
-    return pair(file.stem, color[0].expand(3, -1, -1).to(context.device), scale)
+    return pair(file.stem, pictures.load(file).rgb()[0].to(context.device), scale)
 
 
 def crops(pairs: list[Pair], seed: int) -> Draw:
